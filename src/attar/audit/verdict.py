@@ -1,0 +1,115 @@
+"""Turn what was measured into a verdict, by a rule that is written down.
+
+The rule (docs/verdict.md): a compressed model is ruined when it lost more than half of what the
+original's answers know about their inputs (divergence over the blind divergence), or when more than
+half of its predictions changed. Failed: the whole interval lies beyond a limit. Undecided: the
+interval straddles one. Passed: otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from attar.audit.fidelity import Measured, bootstrap
+from attar.records import Changed, Estimate, GroupClaim, Verdict
+
+LOST_INFORMATION_LIMIT = 0.5
+CHANGED_PREDICTIONS_LIMIT = 0.5
+
+
+def judge(measured: Measured, *, family: str, predicted_damage: float, seed: int) -> Verdict:
+    """Apply the rule to one comparison."""
+    if not np.isfinite(measured.divergence).all():
+        return _broken(measured, predicted_damage)
+    divergence = bootstrap(measured.divergence, measured.sample, seed=seed)
+    flips = None
+    if family == "categorical":
+        changed = (measured.answer_before != measured.answer_after).astype(float)
+        flips = bootstrap(changed, measured.sample, seed=seed)
+    ratio = None
+    if len(measured.surprise_before):
+        worse = measured.surprise_after - measured.surprise_before
+        ratio = bootstrap(worse, measured.surprise_sample, seed=seed, of=np.exp)
+    cosine = None
+    if family == "gaussian":
+        cosine = bootstrap(measured.cosine, measured.sample, seed=seed)
+    outcome, reasons = _apply_rule(divergence, measured.blind_divergence, flips)
+    return Verdict(
+        outcome=outcome,
+        reasons=reasons,
+        n_predictions=len(measured.divergence),
+        n_samples=len(np.unique(measured.sample)),
+        divergence=divergence,
+        divergence_p99=float(np.quantile(measured.divergence, 0.99)),
+        divergence_median=float(np.median(measured.divergence)),
+        predicted_damage=predicted_damage,
+        flips=flips,
+        perplexity_ratio=ratio,
+        cosine=cosine,
+        original_entropy=measured.entropy if family == "categorical" else None,
+    )
+
+
+def _broken(measured: Measured, predicted_damage: float) -> Verdict:
+    bad = int(np.argmin(np.isfinite(measured.divergence)))
+    place = f"sample {measured.sample[bad]}, position {measured.position[bad]}"
+    nothing = Estimate(float("inf"), float("inf"), float("inf"))
+    return Verdict(
+        outcome="failed",
+        reasons=(f"the compressed model answers NaN or infinity, first at {place}",),
+        n_predictions=len(measured.divergence),
+        n_samples=len(np.unique(measured.sample)),
+        divergence=nothing,
+        divergence_p99=float("inf"),
+        divergence_median=float("inf"),
+        predicted_damage=predicted_damage,
+        flips=None,
+        perplexity_ratio=None,
+        cosine=None,
+        original_entropy=None,
+    )
+
+
+def _apply_rule(
+    divergence: Estimate, blind: float, flips: Estimate | None
+) -> tuple[str, tuple[str, ...]]:
+    """Compare each interval with its limit; the worst result is the outcome."""
+    checks = []
+    if blind > 0:
+        share = Estimate(*(v / blind for v in (divergence.value, divergence.low, divergence.high)))
+        checks.append(("of what the answers say about the inputs was lost", share, LOST_INFORMATION_LIMIT))
+    if flips is not None:
+        checks.append(("of the predictions changed", flips, CHANGED_PREDICTIONS_LIMIT))
+    outcomes, reasons = ["passed"], []
+    for what, found, limit in checks:
+        outcome = "passed"
+        if found.high > limit:
+            outcome = "failed" if found.low > limit else "undecided"
+        outcomes.append(outcome)
+        reasons.append(
+            f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%}) {what}; "
+            f"the limit is {limit:.0%}: {outcome}"
+        )
+    worst = max(outcomes, key=("passed", "undecided", "failed").index)
+    return worst, tuple(reasons)
+
+
+def with_details(
+    verdict: Verdict,
+    *,
+    groups: Sequence[GroupClaim] = (),
+    changed: Sequence[Changed] = (),
+    continuations: Sequence[tuple[str, str, str]] = (),
+    token_divergence: Sequence[tuple[str, float]] = (),
+) -> Verdict:
+    """Add what a report shows beside the numbers."""
+    return replace(
+        verdict,
+        groups=tuple(groups),
+        changed=tuple(changed),
+        continuations=tuple(continuations),
+        token_divergence=tuple(token_divergence),
+    )

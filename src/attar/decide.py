@@ -1,0 +1,279 @@
+"""From statistics to a plan that was measured: price, solve, measure, correct, solve again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from attar import writing
+from attar.audit.fidelity import measure
+from attar.errors import BudgetError
+from attar.explain.price import damage, rounding_moment
+from attar.explain.statistics import ALL
+from attar.plan import candidates as menus
+from attar.plan.solve import smallest, solve
+from attar.records import (
+    Budget,
+    Candidate,
+    Plan,
+    Receipt,
+    Round,
+    Statistics,
+    Unit,
+)
+from attar.session import Session
+from attar.sites import substituted
+from attar.transform.apply import (
+    Treated,
+    apply_choices,
+    build_transform,
+    substitutions,
+)
+
+# Share of the calibration data on which A and G are estimated again at the compressed point.
+REESTIMATED_SHARE = 0.25
+# Tries to make the folder fit once its exact bytes are known; the second has always been enough.
+FITTING_TRIES = 4
+# Below this many nats the ratio of measured to predicted damage is noise.
+SMALLEST_CORRECTED = 1e-6
+
+Candidates = Mapping[str, Sequence[Candidate]]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A plan with what carrying it out made."""
+
+    plan: Plan
+    receipt: Receipt
+    treated: Mapping[str, Treated]
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What a report shows of the statistics beside the scores.
+
+    Attributes:
+        heads: Attention output projection to nats per head.
+        slices: Slice label to unit name to nats per prediction.
+    """
+
+    heads: Mapping[str, Sequence[float]]
+    slices: Mapping[str, Mapping[str, float]]
+
+
+def explain(session: Session) -> Statistics:
+    """Gather A and G of the original."""
+    with session.timed("explain"):
+        return session.gather()
+
+
+def relevance(statistics: Statistics) -> Relevance:
+    """Keep the small part of the statistics that is shown."""
+    heads = statistics.head_relevance.get(ALL, {})
+    labels = [label for label in statistics.unit_relevance if label != ALL]
+    return Relevance(
+        heads={name: [float(v) for v in values] for name, values in heads.items()},
+        slices={label: dict(statistics.unit_relevance[label]) for label in labels},
+    )
+
+
+def price(session: Session, statistics: Statistics) -> Candidates:
+    """Try every treatment of the menu on every unit."""
+    keep = session.recipe.keep
+    menus.check_keep(session.units, keep)
+    treatments = {
+        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menus.menu(unit)
+        for unit in session.units
+    }
+    with session.timed("price"):
+        return menus.price_candidates(
+            session.units,
+            treatments,
+            build=build_transform,
+            treat=lambda unit, transforms: session.treat(unit, transforms, statistics),
+            price=lambda unit, made: damage(
+                made.dense - session.weight(unit), statistics.curvatures[unit.name]
+            ),
+            progress=session.progress,
+        )
+
+
+def plan(session: Session, candidates: Candidates, statistics: Statistics) -> Decided:
+    """Solve, carry out, measure; see the price again from where that led; solve again.
+
+    The round that measured best is kept. Every round is in the plan, the wrong ones too.
+
+    Raises:
+        BudgetError: The smallest model that can be made is larger than the budget.
+    """
+    budget = Budget(session.budget_bytes(), session.recipe.keep)
+    overhead = writing.estimated_overhead(session)
+    correction, best, rounds = 1.0, None, []
+    for number in range(max(1, session.recipe.rounds)):
+        decided = _fit(session, candidates, statistics, budget, overhead)
+        overhead = decided.plan.overhead_bytes
+        done = _measured(session, decided, correction)
+        rounds.append(done)
+        if done.predicted_damage > SMALLEST_CORRECTED:
+            correction = done.measured_damage / done.predicted_damage
+        if best is None or done.measured_damage < best[1].measured_damage:
+            best = (decided, done, correction)
+        if number + 1 < session.recipe.rounds:
+            with session.timed("explain again"):
+                statistics = session.gather(decided.treated, REESTIMATED_SHARE)
+            candidates = _seen_from_there(session, candidates, decided, statistics)
+    assert best is not None
+    decided, done, correction = best
+    corrected = replace(
+        decided.plan,
+        predicted_damage=done.predicted_damage * correction,
+        rounds=tuple(rounds),
+        notes=(*session.notes, *_refusals(candidates)),
+    )
+    return replace(decided, plan=corrected)
+
+
+def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
+    """Carry out a plan that was made before."""
+    decided = _carry_out(session, made.choices, made.budget, made.overhead_bytes, statistics)
+    if decided.plan.weight_bytes > made.budget.weight_bytes:
+        over = decided.plan.weight_bytes - made.budget.weight_bytes
+        raise BudgetError(
+            f"the written folder would be {over:,} bytes over its budget.",
+            hint=f"raise weight_bytes in the plan to {decided.plan.weight_bytes}.",
+        )
+    done = _measured(session, decided, 1.0)
+    return replace(
+        decided,
+        plan=replace(decided.plan, predicted_damage=done.predicted_damage, rounds=(done,)),
+    )
+
+
+def _fit(
+    session: Session,
+    candidates: Candidates,
+    statistics: Statistics,
+    budget: Budget,
+    overhead: int,
+) -> Decided:
+    """Solve and carry out until the folder, weighed, is within the budget."""
+    for _ in range(FITTING_TRIES):
+        choices = _solve(candidates, budget, overhead)
+        decided = _carry_out(session, choices, budget, overhead, statistics)
+        if decided.plan.weight_bytes <= budget.weight_bytes:
+            return decided
+        overhead = decided.plan.overhead_bytes
+    raise BudgetError(
+        f"no plan was found whose folder fits in {budget.weight_bytes:,} bytes.",
+        hint="raise --size a little.",
+    )
+
+
+def _solve(candidates: Candidates, budget: Budget, overhead: int) -> dict[str, Candidate]:
+    least = overhead + sum(c.cost.weight_bytes for c in smallest(candidates).values())
+    if least > budget.weight_bytes:
+        raise BudgetError(
+            f"no plan fits {budget.weight_bytes:,} bytes; the smallest model that can be written "
+            f"needs {least:,}.",
+            hint=f"ask for --size {-(-least // 1000)}kB or more"
+            + (", or --keep fewer units." if budget.keep else "."),
+        )
+    return solve(candidates, budget.weight_bytes - overhead)
+
+
+def _carry_out(
+    session: Session,
+    choices: Mapping[str, Candidate],
+    budget: Budget,
+    overhead: int,
+    statistics: Statistics,
+) -> Decided:
+    """Treat every weight as chosen, and weigh what would be written."""
+
+    def moment(unit: Unit) -> object:
+        return rounding_moment(statistics.curvatures[unit.name])
+
+    with session.timed("transform"):
+        treated, applied = apply_choices(
+            session.model.module,
+            session.units,
+            choices,
+            moment=moment,  # type: ignore[arg-type]
+            price=lambda unit, change: damage(change, statistics.curvatures[unit.name]),
+            progress=session.progress,
+        )
+    made = Plan(
+        model=session.recipe.model,
+        budget=budget,
+        choices=choices,
+        overhead_bytes=overhead,
+        predicted_damage=sum(c.predicted_damage or 0.0 for c in choices.values()),
+        seed=session.recipe.seed,
+        data=session.recipe.data or "",
+        recipe=session.recipe,
+    )
+    decided = Decided(made, Receipt(applied, session.units.leftovers), treated)
+    weighed = writing.overhead_bytes(session, decided)
+    return replace(decided, plan=replace(made, overhead_bytes=weighed))
+
+
+def _measured(session: Session, decided: Decided, correction: float) -> Round:
+    """Run the treated model on recovery data beside the original."""
+    module, task = session.model.module, session.model.task
+    weights = substitutions(decided.treated)
+
+    def compressed(batch: object) -> object:
+        with substituted(module, weights):
+            return task.forward(module, batch)  # type: ignore[arg-type]
+
+    with session.timed("measure"):
+        found = measure(
+            session.model,
+            compressed,  # type: ignore[arg-type]
+            session.data.recovery,
+            session.divergence,
+            progress=session.progress,
+            stage="measure",
+        )
+    predicted = decided.plan.predicted_damage
+    return Round(
+        predicted_damage=predicted,
+        corrected_damage=predicted * correction,
+        measured_damage=found.mean_divergence,
+        weight_bytes=decided.plan.weight_bytes,
+    )
+
+
+def _seen_from_there(
+    session: Session, candidates: Candidates, decided: Decided, statistics: Statistics
+) -> Candidates:
+    """Scale each unit's prices by how its chosen change is priced at the compressed point.
+
+    The damage along the way from the original to the compressed point is that of the mean
+    curvature, so each price is the mean of the two.
+    """
+    scaled = {}
+    for unit in session.units:
+        choice = decided.plan.choices[unit.name]
+        change = decided.treated[unit.name].weight().reshape(unit.rows, -1) - session.weight(unit)
+        there, here = damage(change, statistics.curvatures[unit.name]), choice.predicted_damage or 0.0
+        ratio = 0.5 * (1 + there / here) if here > 0 else 1.0
+        scaled[unit.name] = [
+            c if c.predicted_damage is None else replace(c, predicted_damage=c.predicted_damage * ratio)
+            for c in candidates[unit.name]
+        ]
+    return scaled
+
+
+def _refusals(candidates: Candidates) -> tuple[str, ...]:
+    """One line for each reason a treatment was refused, with how many units it was refused for."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, options in candidates.items():
+        for option in options:
+            if option.refused is not None:
+                reasons.setdefault((option.treatment, option.refused), []).append(name)
+    return tuple(
+        f"{treatment} refused for {len(names)} unit(s) such as {names[0]}: it {reason}"
+        for (treatment, reason), names in reasons.items()
+    )

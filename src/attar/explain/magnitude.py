@@ -1,0 +1,20 @@
+"""Magnitude: the norm of the weights that make an output channel. Looks at no data.
+
+Source: Li et al. 2017, Pruning filters for efficient ConvNets, https://arxiv.org/abs/1608.08710,
+section 3.1, with the L2 instead of the L1 norm.
+"""
+
+from attar.records import Model, Scores, Statistics, Units
+
+
+def score(model: Model, units: Units, statistics: Statistics) -> Scores:
+    """Norm of each row, in weight units; a unit's total is the norm of the whole weight."""
+    del statistics
+    weights = dict(model.module.named_parameters())
+    rows = {unit.name: weights[unit.name + ".weight"].detach().flatten(1) for unit in units}
+    return Scores(
+        criterion="magnitude",
+        nats=False,
+        channels={name: weight.norm(dim=1) for name, weight in rows.items()},
+        totals={name: float(weight.norm()) for name, weight in rows.items()},
+    )

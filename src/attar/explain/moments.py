@@ -1,0 +1,128 @@
+"""Sums over positions that curvature and relevance are made of. Tensors in, tensors out.
+
+Every operation is brought to one layout: `samples groups positions features`, where features are
+the columns of the weight on the input side and its rows on the output side. A linear map has one
+group; an embedding is a linear map with a one-hot input, never built.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attar.records import Unit
+from attar.sites import Call, patches
+
+
+# Positions of one picture that second moments are taken over. Neighbours say nearly the same, and
+# with hundreds of pictures there are far more of them than columns.
+POSITIONS_AT_MOST = 196
+
+
+def inputs_of(
+    call: Call, samples: int, positions: int | None = None
+) -> Float[Tensor, "samples groups positions columns"]:
+    """Bring the input of a linear map or a convolution to the common layout.
+
+    Args:
+        positions: Of a convolution, take this many at most, evenly spread.
+    """
+    if call.operation == "convolution":
+        return patches(call, positions)
+    return _by_sample(call.input, samples)
+
+
+def outputs_of(
+    unit: Unit, output: Tensor, samples: int
+) -> Float[Tensor, "samples groups positions rows"]:
+    """Bring an output, or a gradient at it, to the common layout; rows are those of one group."""
+    if unit.kind != "convolution":
+        return _by_sample(output, samples)
+    by_group = output.reshape(output.shape[0], unit.groups, output.shape[1] // unit.groups, -1)
+    return by_group.transpose(2, 3)
+
+
+def thinned(
+    values: Float[Tensor, "samples groups positions features"], positions: int
+) -> Float[Tensor, "samples groups fewer features"]:
+    """Take at most this many positions, evenly spread."""
+    return values[:, :, :: -(-values.shape[2] // positions)]
+
+
+def _by_sample(tensor: Tensor, samples: int) -> Tensor:
+    """Rows that do not divide over the samples (a shared query, say) count as samples of their own."""
+    rows = tensor.numel() // tensor.shape[-1]
+    count = samples if rows % samples == 0 else rows
+    return tensor.reshape(count, 1, -1, tensor.shape[-1])
+
+
+def add_second_moment(total: Tensor, values: Tensor, times: float = 1.0) -> None:
+    """Add the sum of outer products over samples and positions, in place.
+
+    Args:
+        total: `groups features features`, or `features` for the diagonal (then groups are joined).
+        values: `samples groups positions features`.
+        times: How often each value counts.
+    """
+    if total.dim() == 1:
+        total += times * values.square().sum((0, 2)).flatten()
+        return
+    if values.shape[1] == 1:
+        flat = values.reshape(-1, values.shape[-1])
+        total[0].addmm_(flat.T, flat, alpha=times)
+        return
+    flat = values.transpose(0, 1).reshape(values.shape[1], -1, values.shape[-1])
+    total.baddbmm_(flat.transpose(1, 2), flat, alpha=times)
+
+
+def channel_products(
+    value: Float[Tensor, "samples groups positions rows"],
+    gradient: Float[Tensor, "samples groups positions rows"],
+) -> Float[Tensor, "samples all_rows"]:
+    """Sum g·y over the positions of one sample: minus the slope of muting each channel."""
+    return (value * gradient).sum(2).flatten(1)
+
+
+def token_products(
+    tokens: Int[Tensor, "samples positions"],
+    products: Float[Tensor, "samples positions"],
+    n_tokens: int,
+) -> Float[Tensor, "n_tokens"]:
+    """Sum over samples of (sum over a token's positions of g·y) squared."""
+    total = torch.zeros(n_tokens)
+    for sample_tokens, sample_products in zip(tokens, products, strict=True):
+        seen, place = sample_tokens.unique(return_inverse=True)
+        sums = torch.zeros(len(seen)).index_add_(0, place, sample_products)
+        total[seen] += sums.square()
+    return total
+
+
+def head_products(
+    x: Float[Tensor, "samples one positions columns"],
+    gradient: Float[Tensor, "samples one positions rows"],
+    weight: Float[Tensor, "rows columns"],
+    heads: int,
+) -> Float[Tensor, "samples heads"]:
+    """Sum, over positions and the columns of each head, of the input times its gradient."""
+    slope = gradient @ weight
+    return (slope * x).sum((1, 2)).unflatten(-1, (heads, -1)).sum(-1)
+
+
+def token_frequency(
+    counts: Float[Tensor, "n_tokens"], answers: Float[Tensor, "n_tokens"] | None
+) -> Float[Tensor, "n_tokens"]:
+    """Estimate how often each token is met: half what was counted, half what the model expects.
+
+    A token never counted still has a frequency, because the model gives it some probability;
+    without such answers, Good-Turing: what was seen once stands for what was not seen at all.
+    """
+    share = counts / counts.sum().clamp(min=1)
+    if answers is not None and answers.shape == counts.shape:
+        return 0.5 * (share + answers / answers.sum())
+    unseen = counts == 0
+    missing = float((counts == 1).sum()) / max(1.0, float(counts.sum()))
+    missing = min(0.5, missing) if unseen.any() else 0.0
+    share = share * (1 - missing)
+    share[unseen] = missing / max(1, int(unseen.sum()))
+    return share

@@ -1,0 +1,118 @@
+"""An Attar folder: everything the model needs to run, and nothing else.
+
+    model.safetensors   stored tensors, named UNIT/TENSOR; leftovers under their own names
+    attar.json          architecture, plan and receipt, provenance, hash of model.safetensors
+    tokenizer.json.xz   and other files that travel with the model, compressed where that helps
+
+The same input gives the same bytes. Files are written to a temporary folder that is then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from attar.errors import OutputError
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "attar.json"
+# Below this, compressing a file saves less than a disk block.
+COMPRESS_FROM_BYTES = 4096
+
+
+def file_contents(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any], files: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Make every file of the folder in memory, so that it can be weighed before it is written."""
+    weights = safetensors.torch.save(dict(tensors), metadata={"format": "attar"})
+    described = {**description, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    contents = {WEIGHTS: weights, DESCRIPTION: _json(described)}
+    for name, content in files.items():
+        if len(content) >= COMPRESS_FROM_BYTES:
+            contents[f"{name}.xz"] = _packed(content)
+        else:
+            contents[name] = content
+    return contents
+
+
+@lru_cache(maxsize=8)  # a tokenizer takes seconds, and is weighed at every try
+def _packed(content: bytes) -> bytes:
+    return lzma.compress(content, preset=9)
+
+
+def weigh(contents: Mapping[str, bytes]) -> int:
+    """Bytes of all files together."""
+    return sum(len(content) for content in contents.values())
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def check_output(folder: Path, *, force: bool) -> None:
+    """Refuse an output folder before any work is done for it.
+
+    Raises:
+        OutputError: It exists (and not `force`), is not a folder Attar wrote, or its parent cannot
+            be written.
+    """
+    if folder.exists():
+        if not force:
+            raise OutputError(f"{folder} exists.", hint="choose another --out, or add --force.")
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / DESCRIPTION).exists()):
+            raise OutputError(
+                f"{folder} is not a folder that Attar wrote, so --force does not replace it.",
+                hint="choose another --out.",
+            )
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise OutputError(f"cannot write in {parent}.", hint="choose another --out.")
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, and put it in its place when all went well.
+
+    Raises:
+        OutputError: The disk is full or cannot be written; what was there before is still there.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror or error}.",
+            hint="free some space, or choose another --out.",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that are really on disk when this returns."""
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,198 @@
+"""Judge what was written: read it back, run it beside the original, and say what changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attar.audit.examples import changed_predictions, token_divergence
+from attar.audit.fidelity import Measured, measure
+from attar.audit.verdict import judge, with_details
+from attar.decide import Decided
+from attar.errors import DataError
+from attar.explain.statistics import FULL_SIDE_LIMIT
+from attar.export.run import class_names, continue_text
+from attar.inputs import read_tokenizer
+from attar.load.folder import load_folder, read_folder
+from attar.memory import forecast
+from attar.records import Batch, GroupClaim, Model, Verdict
+from attar.session import Session
+from attar.sites import substituted
+from attar.transform.apply import build_transform
+from attar.transform.quantize_feedback import CHUNK_WEIGHTS
+
+PROMPTS = ("The capital of France is", "To make a cup of tea, first")
+CONTINUED_TOKENS = 32
+# Share of the audit data on which each group of units is measured by itself.
+GROUP_SHARE = 0.125
+# A model with more roles than this is grouped by its blocks instead.
+MOST_GROUPS = 12
+
+
+def forecast_memory(session: Session) -> int:
+    """Say the peak memory of the run before its heavy part starts."""
+    return forecast(
+        session.model,
+        session.units,
+        session.data.calibration,
+        samples_at_once=1 if session.model.task.name == "language" else 4,
+        full_side_limit=FULL_SIDE_LIMIT,
+        priced_weights_at_once=CHUNK_WEIGHTS,
+    )
+
+
+def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:
+    """Load what was written as a stranger would, and compare it with the original."""
+    code = None
+    if session.model.architecture.builder == "factory":
+        code = session.model.module
+    with session.timed("audit"):
+        small = load_folder(read_folder(folder, build_transform), code)
+        measured = _measure(session, small.module)
+        verdict = judge(
+            measured,
+            family=session.divergence.family,
+            predicted_damage=decided.plan.predicted_damage,
+            seed=session.recipe.seed,
+        )
+        return with_details(
+            verdict,
+            groups=_group_claims(session, small.module, decided),
+            **_details(session, small, measured),  # type: ignore[arg-type]
+        )
+
+
+def judge_models(session: Session, other: Model) -> Verdict:
+    """Compare the session's model with any other that answers the same question.
+
+    Raises:
+        DataError: The two do not answer the same question.
+    """
+    _check_comparable(session.model, other)
+    with session.timed("audit"):
+        measured = _measure(session, other.module)
+        verdict = judge(
+            measured,
+            family=session.divergence.family,
+            predicted_damage=float("nan"),
+            seed=session.recipe.seed,
+        )
+        return with_details(verdict, **_details(session, other, measured))  # type: ignore[arg-type]
+
+
+def _check_comparable(original: Model, other: Model) -> None:
+    if original.task.name != other.task.name:
+        raise DataError(
+            f"{original.name} answers {original.task.name} and {other.name} {other.task.name}.",
+            hint="compare two models of the same task.",
+        )
+    with torch.no_grad():
+        widths = [m.task.forward(m.module, original.examples).shape[-1] for m in (original, other)]
+    if widths[0] != widths[1]:
+        raise DataError(
+            f"{original.name} has {widths[0]} answers to choose from and {other.name} {widths[1]}.",
+            hint="compare models with the same vocabulary or labels.",
+        )
+    name = "tokenizer.json"
+    if original.files.get(name) and other.files.get(name):
+        one, two = (read_tokenizer(m.files).get_vocab() for m in (original, other))
+        if one != two:
+            differ = sum(two.get(token) != number for token, number in one.items())
+            raise DataError(
+                f"the tokenizers differ in {differ:,} of {len(one):,} tokens.",
+                hint="compare models that share a tokenizer.",
+            )
+
+
+def _measure(session: Session, module: nn.Module) -> Measured:
+    task = session.model.task
+    return measure(
+        session.model,
+        lambda batch: task.forward(module, batch),
+        session.data.audit,
+        session.divergence,
+        progress=session.progress,
+    )
+
+
+def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[GroupClaim]:
+    """Compress one group of units at a time, and compare what is lost with what was predicted."""
+    n = max(1, round(len(session.data.audit) * GROUP_SHARE))
+    original, task = session.model.module, session.model.task
+    first = decided.plan.rounds[0] if decided.plan.rounds else None
+    claims = []
+    for group, names in _groups(session).items():
+        weights = {f"{name}.weight": _constant(small.get_parameter(f"{name}.weight")) for name in names}
+
+        def compressed(batch: Batch, weights: Mapping[str, Callable[[], Tensor]] = weights) -> Tensor:
+            with substituted(original, weights):
+                return task.forward(original, batch)
+
+        found = measure(
+            session.model,
+            compressed,
+            session.data.audit[:n],
+            session.divergence,
+            progress=session.progress,
+            stage=f"audit {group}",
+        )
+        choices = [decided.plan.choices[name] for name in names]
+        claims.append(
+            GroupClaim(
+                group=group,
+                units=tuple(names),
+                predicted_damage=sum(c.predicted_damage or 0.0 for c in choices),
+                measured_damage=found.mean_divergence,
+                bytes_before=sum(2 * session.units.named(name).n_weights for name in names),
+                bytes_after=sum(c.cost.weight_bytes for c in choices),
+            )
+        )
+    del first
+    return claims
+
+
+def _constant(weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: weight.detach()
+
+
+def _groups(session: Session) -> dict[str, list[str]]:
+    """Group units by role: the last word of their name, without numbers."""
+    groups: dict[str, list[str]] = {}
+    for unit in session.units:
+        role = re.sub(r"\d+", "", unit.name.rpartition(".")[2]).strip("._")
+        groups.setdefault(role or unit.kind, []).append(unit.name)
+    if len(groups) <= MOST_GROUPS:
+        return groups
+    by_kind: dict[str, list[str]] = {}
+    for unit in session.units:
+        by_kind.setdefault(unit.kind, []).append(unit.name)
+    return by_kind
+
+
+def _details(session: Session, other: Model, measured: Measured) -> dict[str, object]:
+    """Add examples a person can judge."""
+    model, data = session.model, session.data
+    if model.task.name in ("language", "transcribe") and "tokenizer.json" in model.files:
+        tokenizer = read_tokenizer(model.files)
+        name = "tokens" if model.task.name == "language" else "decoder_tokens"
+        texts = [row for batch in data.audit for row in batch[name]]
+        details: dict[str, object] = {
+            "changed": changed_predictions(measured, lambda t: tokenizer.decode([t]), texts, tokenizer.decode),
+            "token_divergence": token_divergence(measured, texts, lambda t: tokenizer.decode([t])),
+        }
+        if model.task.name == "language":
+            details["continuations"] = [
+                (prompt, *(continue_text(m, prompt, max_tokens=CONTINUED_TOKENS, seed=0) for m in (model, other)))
+                for prompt in PROMPTS
+            ]
+        return details
+    if session.divergence.family != "categorical":
+        return {}
+    with torch.no_grad():
+        n_classes = model.task.forward(model.module, model.examples).shape[-1]
+    labels = class_names(model.files, n_classes)
+    return {"changed": changed_predictions(measured, lambda c: labels[c], list(data.shown), None)}

@@ -1,0 +1,1 @@
+"""One file per operation: the reference first, the fast version below it."""

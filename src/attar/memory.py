@@ -1,0 +1,108 @@
+"""Peak memory of the process: what it was, and what it will be."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attar.records import Batch, Model, Unit, Units
+
+FLOAT_BYTES = 4
+# Copies of one batch's outputs alive at once: logits, their gradient, probabilities, a temporary.
+OUTPUT_COPIES = 5
+# Settings priced at once on one weight, and buffers of each (codes, scales spread, errors).
+PRICED_COPIES = 40
+# What the allocator keeps of memory that was freed, as a share of what comes and goes.
+ALLOCATOR_SLACK = 1.25
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def resident_bytes() -> int:
+    """Resident size now; the peak where the system does not say."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_bytes()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def saved_bytes(model: Model, examples: Batch) -> int:
+    """Bytes that a backward pass keeps of one forward pass over `examples`."""
+    seen: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
+    kept: list[Tensor] = []  # a freed storage's address could be given to another
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    batch = {n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in examples.items()}
+    embedding = next(model.module.parameters())
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        embedding.requires_grad_()
+        model.task.forward(model.module, batch)
+        embedding.requires_grad_(False)
+    return sum(seen.values())
+
+
+def statistics_bytes(units: Units, full_side_limit: int) -> int:
+    """Bytes of every A and G."""
+
+    def side(groups: int, size: int) -> int:
+        return groups * size if size > full_side_limit else groups * size * size
+
+    total = 0
+    for unit in units:
+        for use in unit.uses:
+            rows = unit.rows if use == "embedding" else side(unit.groups, unit.rows // unit.groups)
+            total += rows + side(unit.groups, unit.columns)
+            # Relevance, activation and Taylor sums of each channel.
+            total += 4 * unit.rows
+    return total * FLOAT_BYTES
+
+
+def forecast(
+    model: Model,
+    units: Units,
+    batches: Sequence[Batch],
+    *,
+    samples_at_once: int,
+    full_side_limit: int,
+    priced_weights_at_once: int,
+) -> int:
+    """Say the peak of the whole run before it starts, from shapes and one small forward pass.
+
+    Statistics are there throughout; on top of them comes the larger of one backward pass and the
+    pricing of the largest weight.
+    """
+    samples = len(next(iter(model.examples.values())))
+    batch = batches[0]
+    scale = 1.0
+    for name, tensor in batch.items():
+        scale = max(scale, tensor[:1].numel() * samples / model.examples[name].numel())
+    saved = saved_bytes(model, model.examples) / samples * scale * samples_at_once
+    with torch.no_grad():
+        outputs = model.task.forward(model.module, model.examples).numel() / samples * scale
+    outputs *= samples_at_once * FLOAT_BYTES * OUTPUT_COPIES
+    priced = min(max(u.n_weights for u in units), priced_weights_at_once) * FLOAT_BYTES
+    passing = max(saved + outputs, priced * PRICED_COPIES)
+    stored = sum(unit.n_weights for unit in units)  # packed codes, at most a byte each
+    statistics = statistics_bytes(units, full_side_limit)
+    return int(resident_bytes() + statistics + stored + ALLOCATOR_SLACK * passing)
+
+
+def largest_unit(units: Units) -> Unit:
+    """The unit with most weights."""
+    return max(units, key=lambda unit: unit.n_weights)

@@ -1,0 +1,112 @@
+"""Unit × treatment: what may be done to each weight, at what price, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from attar.errors import AttarError, PlanError
+from attar.records import Candidate, Cost, Progress, Replacement, Transform, Unit, Units
+
+Treatment = tuple[str, Mapping[str, Any]]
+GROUP_SIZES = (32, 64, 128)
+KEEP: Treatment = ("keep_float", {"bits": 16})
+# Columns from which one range for a whole row is too coarse to be worth pricing.
+LONG_ROW = 512
+
+
+def menu(unit: Unit) -> list[Treatment]:
+    """List the treatments worth pricing for a unit: two families, and leaving it in 16 bits."""
+    sizes = group_sizes(unit.columns)
+    quantized: list[Treatment] = [
+        ("quantize_feedback", {"bits": bits, "group_size": size})
+        for bits in (2, 3, 4)
+        for size in sizes
+    ]
+    quantized += [
+        ("quantize_feedback", {"bits": bits, "group_size": sizes[-1]}) for bits in (5, 6, 8)
+    ]
+    return [*quantized, *_zeroed(unit), KEEP]
+
+
+def _zeroed(unit: Unit) -> list[Treatment]:
+    """Zeroing with what is kept in few bits; a pattern needs rows of whole blocks of four."""
+    treatments: list[Treatment] = [("zero_unstructured", {"kept_fraction": 0.5, "bits": 4})]
+    if unit.columns % 4 == 0:
+        treatments.append(("zero_n_m", {"n_kept": 2, "m": 4, "bits": 4}))
+    return treatments
+
+
+def group_sizes(columns: int) -> tuple[int, ...]:
+    """Sizes that divide a row, finest first; 0 is the whole row."""
+    sizes = [size for size in GROUP_SIZES if columns % size == 0 and size < columns]
+    if not sizes and columns > max(GROUP_SIZES):
+        sizes = [size for size in range(24, 97) if columns % size == 0][-1:]
+    if columns <= LONG_ROW or not sizes:
+        sizes.append(0)
+    return tuple(sizes)
+
+
+def check_keep(units: Units, keep: Sequence[str]) -> None:
+    """Refuse a pin that matches no unit.
+
+    Raises:
+        PlanError: With the nearest names.
+    """
+    names = [name for unit in units for name in (unit.name, *unit.coupled)]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise PlanError(
+                f"no unit is called {pattern!r}.",
+                hint=f"pin one of {', '.join(near or names[:3])}, or a pattern such as '*.v_proj'.",
+            )
+
+
+def is_kept(unit: Unit, keep: Sequence[str]) -> bool:
+    """Say whether a pin names the unit or one tied to it."""
+    return any(fnmatchcase(name, p) for name in (unit.name, *unit.coupled) for p in keep)
+
+
+def price_candidates(
+    units: Units,
+    treatments: Mapping[str, Sequence[Treatment]],
+    *,
+    build: Callable[[str, Mapping[str, Any]], Transform],
+    treat: Callable[[Unit, Sequence[Transform]], Sequence[Replacement | AttarError]],
+    price: Callable[[Unit, Replacement], float],
+    progress: Progress,
+) -> dict[str, list[Candidate]]:
+    """Try every treatment on every unit and price the change it makes."""
+    candidates: dict[str, list[Candidate]] = {}
+    work = sum(unit.n_weights * len(treatments[unit.name]) for unit in units)
+    with progress.stage("price", work) as advance:
+        for unit in units:
+            built = [(t, build(*t)) for t in treatments[unit.name]]
+            refused = [(t, x, reason) for t, x in built if (reason := x.rejects(unit))]
+            allowed = [(t, x) for t, x in built if not x.rejects(unit)]
+            tried = treat(unit, [x for _, x in allowed])
+            candidates[unit.name] = [
+                Candidate(unit.name, *t, Cost(0, unit.macs), None, reason)
+                for t, _, reason in refused
+            ] + [
+                _priced(unit, t, x, result, price)
+                for (t, x), result in zip(allowed, tried, strict=True)
+            ]
+            advance(unit.n_weights * len(treatments[unit.name]))
+    return candidates
+
+
+def _priced(
+    unit: Unit,
+    treatment: Treatment,
+    transform: Transform,
+    result: Replacement | AttarError,
+    price: Callable[[Unit, Replacement], float],
+) -> Candidate:
+    cost = transform.cost(unit)
+    if isinstance(result, AttarError):
+        return Candidate(unit.name, *treatment, cost, None, result.problem)
+    return Candidate(unit.name, *treatment, cost, max(0.0, price(unit, result)))

@@ -1,0 +1,218 @@
+"""plan.yaml: what was decided, to read, edit and apply again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attar.errors import PlanError
+from attar.records import Budget, Candidate, Plan, Recipe, Transform, Units
+
+VERSION = 1
+HEAD = """\
+# One line for each unit: its treatment and settings, the bytes they need, and the nats per
+# prediction they are expected to cost. Edit treatments and settings, then: attar apply plan.yaml
+# bytes and nats are worked out again then; what you write there changes nothing.
+"""
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """Turn a plan into what YAML and JSON can hold."""
+    return {
+        "attar_plan": VERSION,
+        "model": plan.model,
+        "recipe": _recipe_to_dict(plan.recipe),
+        "weight_bytes": plan.budget.weight_bytes,
+        "keep": list(plan.budget.keep),
+        "overhead_bytes": plan.overhead_bytes,
+        "predicted_damage": _rounded(plan.predicted_damage),
+        "rounds": [
+            {
+                "predicted_damage": _rounded(r.predicted_damage),
+                "corrected_damage": _rounded(r.corrected_damage),
+                "measured_damage": _rounded(r.measured_damage),
+                "weight_bytes": r.weight_bytes,
+            }
+            for r in plan.rounds
+        ],
+        "notes": list(plan.notes),
+        "units": {
+            name: {
+                "treatment": c.treatment,
+                **c.settings,
+                "bytes": c.cost.weight_bytes,
+                "nats": _rounded(c.predicted_damage or 0.0),
+            }
+            for name, c in plan.choices.items()
+        },
+    }
+
+
+def _recipe_to_dict(recipe: Recipe | None) -> dict[str, Any]:
+    """Leave out what is at its default, and what the plan says elsewhere."""
+    if recipe is None:
+        return {}
+    unset = Recipe(model="")
+    return {
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in fields(recipe)
+        if field.name not in ("model", "keep", "accept_licence")
+        and (value := getattr(recipe, field.name)) != getattr(unset, field.name)
+    }
+
+
+def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
+    """Read back what `plan_to_dict` wrote.
+
+    Raises:
+        PlanError: A field is unknown or of the wrong kind.
+    """
+    given = _field(content, "recipe", dict)
+    unset = Recipe(model="")
+    known = {field.name: getattr(unset, field.name) for field in fields(Recipe)}
+    numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds")
+    for name, value in given.items():
+        good = isinstance(value, int) if name in numbers else isinstance(value, str)
+        if name not in known or not good or isinstance(value, bool):
+            raise PlanError(f"the plan's recipe has {name!r}: {value!r}, which cannot be used.",
+                            hint="undo the last edit, or make the plan again with attar plan.")
+    keep = tuple(str(pattern) for pattern in _field(content, "keep", list))
+    return Recipe(model=_field(content, "model", str), keep=keep, **given)
+
+
+def plan_to_yaml(plan: Plan) -> str:
+    """Write one line per unit, so that a difference between two plans reads line by line."""
+    content = plan_to_dict(plan)
+    units = content.pop("units")
+    rounds = content.pop("rounds")
+    text = HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text += _lines("rounds", [f"- {_flow(r)}" for r in rounds], "[]")
+    return text + _lines("units", [f"  {_flow(n)}: {_flow(u)}" for n, u in units.items()], "{}")
+
+
+def _lines(key: str, lines: list[str], empty: str) -> str:
+    return f"{key}:\n" + "\n".join(lines) + "\n" if lines else f"{key}: {empty}\n"
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _rounded(number: float) -> float:
+    """Six digits: more would not be read, and differ between machines."""
+    return float(f"{number:.6g}")
+
+
+def read_plan(
+    path: Path,
+    units_of: Callable[[Recipe], Units],
+    build: Callable[[str, Mapping[str, Any]], Transform],
+) -> Plan:
+    """Read a plan that may have been edited by hand, and work out its bytes again.
+
+    Args:
+        units_of: The plan's recipe to the units of its model.
+        build: Treatment and settings to a transform; raises SettingError on bad ones.
+
+    Raises:
+        PlanError: The file is not a plan, names an unknown unit, leaves one out, asks a unit for
+            what it cannot have, or needs more bytes than its budget.
+    """
+    content = _read_yaml(path)
+    recipe = recipe_from_dict(content)
+    units = units_of(recipe)
+    named = _field(content, "units", dict)
+    names = [unit.name for unit in units]
+    for name in named:
+        if name not in names:
+            near = get_close_matches(str(name), names, n=1, cutoff=0.0)
+            raise PlanError(f"the plan names {name!r}, which the model does not have.",
+                            hint=f"did you mean {near[0]!r}?")
+    choices = {}
+    for unit in units:
+        if unit.name not in named:
+            raise PlanError(f"the plan has no line for {unit.name!r}.",
+                            hint="give it one: {treatment: keep_float, bits: 16} leaves it as it is.")
+        choices[unit.name] = _choice(unit.name, named[unit.name], units, build)
+    budget = Budget(_field(content, "weight_bytes", int), recipe.keep)
+    plan = Plan(
+        model=content["model"],
+        budget=budget,
+        choices=choices,
+        overhead_bytes=_field(content, "overhead_bytes", int),
+        predicted_damage=sum(c.predicted_damage or 0.0 for c in choices.values()),
+        seed=recipe.seed,
+        data=recipe.data or "",
+        recipe=recipe,
+    )
+    _check_budget(plan, named)
+    return plan
+
+
+def _check_budget(plan: Plan, named: Mapping[str, Any]) -> None:
+    """Refuse a plan over its budget; name the edited unit that grew most."""
+    over = plan.weight_bytes - plan.budget.weight_bytes
+    if over <= 0:
+        return
+    grown = {
+        name: c.cost.weight_bytes - int(named[name].get("bytes", 0) or 0)
+        for name, c in plan.choices.items()
+    }
+    worst = max(grown, key=lambda name: grown[name])
+    raise PlanError(
+        f"the plan needs {plan.weight_bytes:,} bytes, {over:,} over its budget of "
+        f"{plan.budget.weight_bytes:,}; {worst!r} grew by {grown[worst]:,}.",
+        hint=f"give {worst!r} fewer bits, or raise weight_bytes to {plan.weight_bytes}.",
+    )
+
+
+def _choice(
+    name: str,
+    line: Any,
+    units: Units,
+    build: Callable[[str, Mapping[str, Any]], Transform],
+) -> Candidate:
+    if not isinstance(line, dict) or not isinstance(line.get("treatment"), str):
+        raise PlanError(f"the line of {name!r} has no treatment.",
+                        hint="write {treatment: quantize_feedback, bits: 4, group_size: 64}.")
+    settings = {k: v for k, v in line.items() if k not in ("treatment", "bytes", "nats")}
+    transform = build(line["treatment"], settings)
+    unit = units.named(name)
+    reason = transform.rejects(unit)
+    if reason:
+        raise PlanError(f"{name!r} cannot have {line['treatment']}: it {reason}.",
+                        hint="choose other settings, or {treatment: keep_float, bits: 16}.")
+    nats = line.get("nats", 0.0)
+    damage = float(nats) if isinstance(nats, int | float) else 0.0
+    return Candidate(name, line["treatment"], settings, transform.cost(unit), damage)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}.",
+                        hint="make one with: attar plan MODEL --size 60MB --out plan.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise PlanError(f"{path} is not readable YAML{place}.",
+                        hint="undo the last edit, or make the plan again with attar plan.") from error
+    if not isinstance(content, dict) or content.get("attar_plan") != VERSION:
+        raise PlanError(f"{path} is not an Attar plan (no attar_plan: {VERSION}).",
+                        hint="make one with: attar plan MODEL --size 60MB --out plan.yaml")
+    return content
+
+
+def _field(content: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = content.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise PlanError(f"the plan's {key!r} is {value!r}, which is not a {kind.__name__}.",
+                        hint="undo the last edit, or make the plan again with attar plan.")
+    return value

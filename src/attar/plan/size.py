@@ -1,0 +1,44 @@
+"""Sizes as people write them: `60MB`, `64MiB`, `25%`, `3.1bits`."""
+
+import re
+
+from attar.errors import BudgetError
+
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(%|[a-z]+)?\s*", re.IGNORECASE)
+_HINT = "write a size such as 60MB, 64MiB, 25% (of the 16-bit size) or 3.1bits (per parameter)."
+
+
+def parse_size(text: str, *, bytes_at_16_bits: int, n_parameters: int) -> int:
+    """Read a size as bytes of the whole written model folder.
+
+    Args:
+        bytes_at_16_bits: What `25%` is a share of.
+        n_parameters: What `3.1bits` is multiplied with.
+
+    Raises:
+        BudgetError: The text is not a size, or is zero.
+    """
+    found = _PATTERN.fullmatch(text)
+    if found is None:
+        raise BudgetError(f"cannot read the size {text!r}.", hint=_HINT)
+    number, unit = float(found[1]), (found[2] or "b").lower()
+    if unit == "%":
+        size = bytes_at_16_bits * number / 100
+    elif unit in ("bit", "bits"):
+        size = n_parameters * number / 8  # bits in a byte
+    elif unit in _UNITS:
+        size = number * _UNITS[unit]
+    else:
+        raise BudgetError(f"cannot read the unit {found[2]!r} of the size {text!r}.", hint=_HINT)
+    if int(size) < 1:
+        raise BudgetError(f"the size {text!r} is no bytes at all.", hint=_HINT)
+    return int(size)

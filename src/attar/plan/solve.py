@@ -1,0 +1,109 @@
+"""Choose one candidate per unit so that the least behaviour is lost within the bytes.
+
+A multiple-choice knapsack, solved as an integer program by HiGHS (through scipy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from attar.errors import BudgetError
+from attar.records import Candidate
+
+# The solver stops when it has proved the plan to be within this share of the best one.
+RELATIVE_GAP = 1e-3
+# A unit's bytes may fall short of the best use of the budget by this share: fewer nodes to visit.
+NODE_LIMIT = 20_000
+
+
+def smallest(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]:
+    """Take the fewest bytes for every unit."""
+    return {
+        name: min(usable(options), key=lambda c: c.cost.weight_bytes)
+        for name, options in candidates.items()
+    }
+
+
+def usable(options: Sequence[Candidate]) -> list[Candidate]:
+    """Leave out what was refused and what costs more than another that loses no more."""
+    priced = [c for c in options if c.refused is None and c.predicted_damage is not None]
+    priced.sort(key=lambda c: (c.cost.weight_bytes, c.predicted_damage))
+    kept: list[Candidate] = []
+    for candidate in priced:
+        if not kept or _damage(candidate) < _damage(kept[-1]):
+            kept.append(candidate)
+    return kept
+
+
+def solve(candidates: Mapping[str, Sequence[Candidate]], weight_bytes: int) -> dict[str, Candidate]:
+    """Minimise the sum of predicted damage within `weight_bytes` (units' tensors only).
+
+    Raises:
+        BudgetError: Even the smallest candidates need more; names the smallest size reachable.
+    """
+    options = {name: usable(of) for name, of in candidates.items()}
+    least = sum(c.cost.weight_bytes for c in smallest(candidates).values())
+    if least > weight_bytes:
+        raise BudgetError(
+            f"no plan fits: the weights alone need {least:,} bytes at their smallest, "
+            f"and the budget leaves {weight_bytes:,}.",
+            hint="raise --size by at least the difference, or allow --keep fewer units.",
+        )
+    flat = [c for of in options.values() for c in of]
+    nats = np.array([_damage(c) for c in flat])
+    # Kilobytes and a largest damage of one keep the program's numbers near one.
+    kilobytes = np.array([c.cost.weight_bytes for c in flat]) / 1000
+    one_each = _one_each([len(of) for of in options.values()])
+    result = milp(
+        nats / max(float(nats.max()), 1e-30),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(kilobytes[None, :], -np.inf, weight_bytes / 1000),
+        ],
+        options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
+    )
+    assert result.x is not None, result.message
+    chosen, start = {}, 0
+    for name, of in options.items():
+        chosen[name] = of[int(np.argmax(result.x[start : start + len(of)]))]
+        start += len(of)
+    return _spend_the_rest(chosen, options, weight_bytes)
+
+
+def _one_each(counts: Sequence[int]) -> csr_array:
+    """Build the constraint that each unit takes exactly one of its candidates."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
+
+
+def _spend_the_rest(
+    chosen: dict[str, Candidate],
+    options: Mapping[str, Sequence[Candidate]],
+    weight_bytes: int,
+) -> dict[str, Candidate]:
+    """Use what the solver's gap left over: take the step that saves most nats, while one fits."""
+    left = weight_bytes - sum(c.cost.weight_bytes for c in chosen.values())
+    while True:
+        steps = [
+            (_damage(chosen[name]) - _damage(option), name, option)
+            for name, of in options.items()
+            for option in of
+            if 0 < option.cost.weight_bytes - chosen[name].cost.weight_bytes <= left
+        ]
+        steps = [step for step in steps if step[0] > 0]
+        if not steps:
+            return chosen
+        _, name, option = max(steps, key=lambda step: (step[0], step[1]))
+        left -= option.cost.weight_bytes - chosen[name].cost.weight_bytes
+        chosen = {**chosen, name: option}
+
+
+def _damage(candidate: Candidate) -> float:
+    assert candidate.predicted_damage is not None
+    return candidate.predicted_damage

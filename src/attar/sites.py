@@ -1,0 +1,168 @@
+"""Watch, or stand in for, the operations that read a weight.
+
+A site is a call of `linear`, `conv1d/2d/3d` or `embedding` whose weight argument is a parameter of
+the model. Calls are intercepted by identity of the parameter, not by the class of the module, so
+that subclasses with a forward of their own (padding, sharing) and tied weights are seen as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+OPERATIONS: dict[Any, str] = {
+    F.linear: "linear",
+    torch.conv1d: "convolution",
+    torch.conv2d: "convolution",
+    torch.conv3d: "convolution",
+    F.embedding: "embedding",
+}
+# Positions of the arguments in each signature.
+_ARGUMENTS = {
+    "linear": ("input", "weight", "bias"),
+    "convolution": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "embedding": ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation that reads a watched weight.
+
+    Attributes:
+        name: Parameter name of the weight.
+        operation: "linear", "convolution" or "embedding".
+        arguments: By name, as the operation names them.
+    """
+
+    name: str
+    operation: str
+    arguments: Mapping[str, Any]
+    function: Callable[..., Tensor]
+
+    @property
+    def input(self) -> Tensor:
+        tensor: Tensor = self.arguments["input"]
+        return tensor
+
+    def run(self, weight: Tensor | None = None) -> Tensor:
+        """Carry the call out, with another weight where one is given."""
+        if weight is None:
+            return self.function(**self.arguments)
+        return self.function(**{**self.arguments, "weight": weight})
+
+
+Visit = Callable[[Call], Tensor]
+
+
+class _Watch(TorchFunctionMode):
+    """Hand each call that reads a watched weight to `visit`; let every other call through."""
+
+    def __init__(self, names: Mapping[int, str], visit: Visit) -> None:
+        super().__init__()
+        self._names = names
+        self._visit = visit
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operation = OPERATIONS.get(func)
+        if operation is None:
+            return func(*args, **kwargs)
+        arguments = dict(zip(_ARGUMENTS[operation], args, strict=False)) | kwargs
+        name = self._names.get(id(arguments.get("weight")))
+        if name is None:
+            return func(*args, **kwargs)
+        return self._visit(Call(name, operation, arguments, func))
+
+
+@contextmanager
+def watched(module: nn.Module, visit: Visit) -> Iterator[None]:
+    """Send every call that reads a parameter of `module` through `visit`.
+
+    A tied parameter goes by the first of its names.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    with _Watch(names, visit):
+        yield
+
+
+@contextmanager
+def substituted(module: nn.Module, weight_of: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Run `module` with other weights, without copying or changing it.
+
+    Args:
+        module: Left as it is.
+        weight_of: Parameter name to a function that makes the weight to use, in the shape the
+            module holds; called at each use, so that it may decode instead of hold.
+    """
+
+    def visit(call: Call) -> Tensor:
+        make = weight_of.get(call.name)
+        return call.run(None if make is None else make())
+
+    with watched(module, visit):
+        yield
+
+
+def patches(call: Call, at_most: int | None = None) -> Tensor:
+    """Unfold the input of a convolution into the vectors its weight is multiplied with.
+
+    Args:
+        at_most: Take no more positions than this, evenly spread along every side.
+
+    Returns:
+        `samples groups positions columns`, columns = in/groups * kernel size.
+    """
+    weight: Tensor = call.arguments["weight"]
+    groups = int(call.arguments.get("groups", 1))
+    kernel = weight.shape[2:]
+    x = call.input
+    stride = _per_side(call.arguments.get("stride", 1), len(kernel))
+    dilation = _per_side(call.arguments.get("dilation", 1), len(kernel))
+    x = F.pad(x, _padding(call.arguments.get("padding", 0), kernel, dilation))
+    for side, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        # unfold has no dilation: take a wider window and drop what lies between.
+        x = x.unfold(2 + side, (size - 1) * gap + 1, step)[..., ::gap]
+    if at_most is not None:
+        x = _spread(x, len(kernel), at_most)
+    samples, channels = x.shape[:2]
+    positions = x.shape[2 : 2 + len(kernel)].numel()
+    x = x.reshape(samples, groups, channels // groups, positions, kernel.numel())
+    return x.transpose(2, 3).reshape(samples, groups, positions, -1)
+
+
+def _spread(x: Tensor, sides: int, at_most: int) -> Tensor:
+    """Keep every n-th position along each side; the smallest n for which few enough are left."""
+    step = 1
+    while math.prod(-(-size // step) for size in x.shape[2 : 2 + sides]) > at_most:
+        step += 1
+    return x[(slice(None), slice(None), *[slice(None, None, step)] * sides)]
+
+
+def _per_side(value: Any, sides: int) -> tuple[int, ...]:
+    return (int(value),) * sides if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+def _padding(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> list[int]:
+    """Amounts for `F.pad`, last side first."""
+    if padding == "valid":
+        padding = 0
+    amounts: list[int] = []
+    if padding == "same":
+        for size, gap in zip(reversed(kernel), reversed(dilation), strict=True):
+            total = (size - 1) * gap
+            amounts += [total // 2, total - total // 2]
+        return amounts
+    for amount in reversed(_per_side(padding, len(kernel))):
+        amounts += [amount, amount]
+    return amounts

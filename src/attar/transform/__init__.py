@@ -1,0 +1,18 @@
+"""Treatments of one weight: one file per method, and the table of them."""
+
+from typing import Any
+
+from attar.transform.keep_float import KeepFloat
+from attar.transform.quantize_feedback import QuantizeFeedback
+from attar.transform.quantize_rtn import QuantizeRtn
+from attar.transform.zero_n_m import ZeroNM
+from attar.transform.zero_unstructured import ZeroUnstructured
+
+TRANSFORMS: dict[str, type[Any]] = {
+    "keep_float": KeepFloat,
+    "quantize_feedback": QuantizeFeedback,
+    "quantize_rtn": QuantizeRtn,
+    "zero_n_m": ZeroNM,
+    "zero_unstructured": ZeroUnstructured,
+}
+"""File name in this folder to the settings that hold its method."""

@@ -1,0 +1,148 @@
+"""Carry a plan out: treat every unit's weight and write the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import ModelError, SettingError
+from attar.records import Applied, Candidate, Progress, Replacement, Transform, Unit, Units
+from attar.transform import TRANSFORMS
+from attar.transform.quantize_feedback import QuantizeFeedback, quantize_all
+
+Moment = Callable[[Unit], Tensor | None]
+Price = Callable[[Unit, Tensor], float]
+"""Nats per prediction of adding a change (`rows columns`) to a unit's weight."""
+
+
+@dataclass(frozen=True)
+class Treated:
+    """A unit's weight as stored; decoded each time it is asked for, so memory holds codes only."""
+
+    unit: Unit
+    transform: Transform
+    tensors: Mapping[str, Tensor]
+
+    def weight(self) -> Tensor:
+        """Decode to the shape the module holds."""
+        dense = self.transform.decode(self.tensors, self.unit.rows, self.unit.columns)
+        return dense.view(self.unit.shape)
+
+
+def build_transform(treatment: str, settings: Mapping[str, object]) -> Transform:
+    """Build a transform from its name and settings in a plan.
+
+    Raises:
+        SettingError: The name is not in the table, or a setting is not one of the transform's.
+    """
+    kind = TRANSFORMS.get(treatment)
+    if kind is None:
+        raise SettingError(
+            f"there is no treatment {treatment!r}.", hint=f"use one of {', '.join(TRANSFORMS)}."
+        )
+    try:
+        transform: Transform = kind(**settings)
+    except TypeError as error:
+        allowed = ", ".join(kind.__dataclass_fields__)
+        raise SettingError(
+            f"{treatment} has no such setting: {', '.join(settings)}.",
+            hint=f"its settings are {allowed}.",
+        ) from error
+    return transform
+
+
+def treat(
+    weight: Tensor, moment: Tensor | None, transforms: Sequence[Transform]
+) -> list[Replacement | SettingError]:
+    """Apply several treatments to one weight; those with error feedback share one pass.
+
+    A treatment that the weight's values do not allow gives its error in place of a replacement.
+    """
+    together = [t for t in transforms if isinstance(t, QuantizeFeedback)]
+    try:
+        done = dict(zip(together, quantize_all(weight, moment, together), strict=True))
+    except SettingError as error:
+        done = dict.fromkeys(together, error)  # type: ignore[arg-type]
+    results: list[Replacement | SettingError] = []
+    for transform in transforms:
+        if isinstance(transform, QuantizeFeedback):
+            results.append(done[transform])
+            continue
+        try:
+            results.append(transform.apply(weight, moment))
+        except SettingError as error:
+            results.append(error)
+    return results
+
+
+def apply_choices(
+    module: nn.Module,
+    units: Units,
+    choices: Mapping[str, Candidate],
+    *,
+    moment: Moment,
+    price: Price,
+    progress: Progress,
+) -> tuple[dict[str, Treated], tuple[Applied, ...]]:
+    """Treat every unit as chosen. The module is left as it is.
+
+    Raises:
+        ModelError: A weight is not finite.
+    """
+    weights = dict(module.named_parameters())
+    treated: dict[str, Treated] = {}
+    applied: list[Applied] = []
+    with progress.stage("transform", len(units.units)) as advance:
+        for unit in units:
+            choice = choices[unit.name]
+            weight = weights[unit.name + ".weight"].detach().reshape(unit.rows, -1)
+            check_finite(unit, weight)
+            transform = build_transform(choice.treatment, choice.settings)
+            replacement = transform.apply(weight, moment(unit))
+            change = replacement.dense - weight
+            treated[unit.name] = Treated(unit, transform, replacement.tensors)
+            applied.append(
+                Applied(
+                    unit=unit.name,
+                    treatment=choice.treatment,
+                    settings=dict(choice.settings),
+                    stored_bytes=sum(t.nbytes for t in replacement.tensors.values()),
+                    predicted_damage=price(unit, change),
+                    relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
+                )
+            )
+            advance(1)
+    return treated, tuple(applied)
+
+
+def check_finite(unit: Unit, weight: Tensor) -> None:
+    """Refuse a weight with NaN or infinity, by name."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(
+            f"weight {unit.name} holds NaN or infinity.",
+            hint="the model is broken before compression; load or train it again.",
+        )
+
+
+def substitutions(treated: Mapping[str, Treated]) -> dict[str, Callable[[], Tensor]]:
+    """Parameter name to the function that decodes its replacement, for `sites.substituted`."""
+    return {name + ".weight": one.weight for name, one in treated.items()}
+
+
+def materialise(module: nn.Module, treated: Mapping[str, Treated]) -> nn.Module:
+    """Copy a module with every treated weight put in place, dense; ties stay ties."""
+    kept = {f"{name}.weight" for name in treated}
+    memo = {  # weights that will be replaced are not worth copying
+        id(p): nn.Parameter(torch.empty(0), requires_grad=False)
+        for name, p in module.named_parameters()
+        if name in kept
+    }
+    copy = deepcopy(module, memo)
+    parameters = dict(copy.named_parameters())
+    for name, one in treated.items():
+        parameters[f"{name}.weight"].data = one.weight()
+    return copy

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from attar import writing
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
-from attar.explain.price import damage, rounding_moment
+from attar.explain.price import rounding_moment
 from attar.explain.statistics import ALL
 from attar.plan import candidates as menus
-from attar.plan.solve import smallest, solve
+from attar.plan.solve import smallest, solve, weight_bytes
 from attar.records import (
     Budget,
     Candidate,
@@ -63,9 +63,10 @@ class Relevance:
 
 
 def explain(session: Session) -> Statistics:
-    """Gather A and G of the original."""
+    """Gather A and G of the original, and how far positions hang together."""
     with session.timed("explain"):
-        return session.gather()
+        statistics = session.gather()
+        return replace(statistics, coherence=session.coherence(statistics))
 
 
 def relevance(statistics: Statistics) -> Relevance:
@@ -82,19 +83,32 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     """Try every treatment of the menu on every unit."""
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
-    treatments = {
-        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menus.menu(unit)
-        for unit in session.units
-    }
+    return price_treatments(
+        session,
+        statistics,
+        {
+            unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menus.menu(unit)
+            for unit in session.units
+        },
+    )
+
+
+def price_treatments(
+    session: Session,
+    statistics: Statistics,
+    treatments: Mapping[str, Sequence[menus.Treatment]],
+) -> Candidates:
+    """Price these treatments: round on one half of the statistics, price on the other."""
     with session.timed("price"):
         return menus.price_candidates(
             session.units,
             treatments,
             build=build_transform,
             treat=lambda unit, transforms: session.treat(unit, transforms, statistics),
-            price=lambda unit, made: damage(
-                made.dense - session.weight(unit), statistics.curvatures[unit.name]
+            price=lambda unit, made, treatment: session.price(
+                unit, made.dense - session.weight(unit), statistics, treatment, held_out=True
             ),
+            for_each=lambda work: session.for_each_unit(work),
             progress=session.progress,
         )
 
@@ -111,7 +125,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
     overhead = writing.estimated_overhead(session)
     correction, best, rounds = 1.0, None, []
     for number in range(max(1, session.recipe.rounds)):
-        decided = _fit(session, candidates, statistics, budget, overhead)
+        decided = _fit(session, candidates, statistics, budget, overhead, weighed=number > 0)
         overhead = decided.plan.overhead_bytes
         done = _measured(session, decided, correction)
         rounds.append(done)
@@ -120,9 +134,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         if best is None or done.measured_damage < best[1].measured_damage:
             best = (decided, done, correction)
         if number + 1 < session.recipe.rounds:
-            with session.timed("explain again"):
-                statistics = session.gather(decided.treated, REESTIMATED_SHARE)
-            candidates = _seen_from_there(session, candidates, decided, statistics)
+            candidates = _seen_from_there(session, candidates, decided)
     assert best is not None
     decided, done, correction = best
     corrected = replace(
@@ -156,8 +168,17 @@ def _fit(
     statistics: Statistics,
     budget: Budget,
     overhead: int,
+    *,
+    weighed: bool,
 ) -> Decided:
-    """Solve and carry out until the folder, weighed, is within the budget."""
+    """Solve and carry out until the folder, weighed, is within the budget.
+
+    Args:
+        weighed: Whether `overhead` was weighed, or is a guess that must not refuse a budget.
+    """
+    least = smallest(candidates)
+    if not weighed and overhead + weight_bytes(least) > budget.weight_bytes:
+        overhead = _carry_out(session, least, budget, overhead, statistics).plan.overhead_bytes
     for _ in range(FITTING_TRIES):
         choices = _solve(candidates, budget, overhead)
         decided = _carry_out(session, choices, budget, overhead, statistics)
@@ -171,7 +192,7 @@ def _fit(
 
 
 def _solve(candidates: Candidates, budget: Budget, overhead: int) -> dict[str, Candidate]:
-    least = overhead + sum(c.cost.weight_bytes for c in smallest(candidates).values())
+    least = overhead + weight_bytes(smallest(candidates))
     if least > budget.weight_bytes:
         raise BudgetError(
             f"no plan fits {budget.weight_bytes:,} bytes; the smallest model that can be written "
@@ -200,7 +221,10 @@ def _carry_out(
             session.units,
             choices,
             moment=moment,  # type: ignore[arg-type]
-            price=lambda unit, change: damage(change, statistics.curvatures[unit.name]),
+            price=lambda unit, change: session.price(
+                unit, change, statistics, choices[unit.name].treatment
+            ),
+            for_each=lambda work: session.for_each_unit(work),
             progress=session.progress,
         )
     made = Plan(
@@ -245,19 +269,18 @@ def _measured(session: Session, decided: Decided, correction: float) -> Round:
     )
 
 
-def _seen_from_there(
-    session: Session, candidates: Candidates, decided: Decided, statistics: Statistics
-) -> Candidates:
+def _seen_from_there(session: Session, candidates: Candidates, decided: Decided) -> Candidates:
     """Scale each unit's prices by how its chosen change is priced at the compressed point.
 
     The damage along the way from the original to the compressed point is that of the mean
-    curvature, so each price is the mean of the two.
+    curvature, so each price becomes the mean of the two.
     """
+    with session.timed("price again"):
+        probed = session.probe(decided.treated, REESTIMATED_SHARE)
     scaled = {}
     for unit in session.units:
-        choice = decided.plan.choices[unit.name]
-        change = decided.treated[unit.name].weight().reshape(unit.rows, -1) - session.weight(unit)
-        there, here = damage(change, statistics.curvatures[unit.name]), choice.predicted_damage or 0.0
+        here = decided.plan.choices[unit.name].predicted_damage or 0.0
+        there = probed[unit.name]
         ratio = 0.5 * (1 + there / here) if here > 0 else 1.0
         scaled[unit.name] = [
             c if c.predicted_damage is None else replace(c, predicted_damage=c.predicted_damage * ratio)

@@ -54,7 +54,10 @@ class Divergence:
             noise = torch.randn(outputs.shape, generator=generator)
             return noise @ self.whitening
         probabilities = outputs.softmax(-1)
-        answers = torch.multinomial(probabilities, 1, generator=generator)
+        # By the inverse of the distribution function: many times faster than torch.multinomial.
+        below = probabilities.cumsum(-1)
+        place = torch.rand(len(outputs), 1, generator=generator) * below[:, -1:]
+        answers = torch.searchsorted(below, place).clamp_(max=outputs.shape[-1] - 1)
         gradient = probabilities.neg_()
         return gradient.scatter_add_(-1, answers, torch.ones_like(answers, dtype=gradient.dtype))
 

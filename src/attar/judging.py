@@ -14,7 +14,7 @@ from attar.audit.fidelity import Measured, measure
 from attar.audit.verdict import judge, with_details
 from attar.decide import Decided
 from attar.errors import DataError
-from attar.explain.statistics import FULL_SIDE_LIMIT
+from attar.explain.statistics import statistics_bytes
 from attar.export.run import class_names, continue_text
 from attar.inputs import read_tokenizer
 from attar.load.folder import load_folder, read_folder
@@ -40,7 +40,7 @@ def forecast_memory(session: Session) -> int:
         session.units,
         session.data.calibration,
         samples_at_once=1 if session.model.task.name == "language" else 4,
-        full_side_limit=FULL_SIDE_LIMIT,
+        statistics_bytes=statistics_bytes(session.units),
         priced_weights_at_once=CHUNK_WEIGHTS,
     )
 
@@ -50,8 +50,14 @@ def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:
     code = None
     if session.model.architecture.builder == "factory":
         code = session.model.module
+    return judge_compressed(
+        session, load_folder(read_folder(folder, build_transform), code), decided
+    )
+
+
+def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdict:
+    """Compare a model that was made as decided with the original, as a whole and by groups."""
     with session.timed("audit"):
-        small = load_folder(read_folder(folder, build_transform), code)
         measured = _measure(session, small.module)
         verdict = judge(
             measured,
@@ -78,7 +84,7 @@ def judge_models(session: Session, other: Model) -> Verdict:
         verdict = judge(
             measured,
             family=session.divergence.family,
-            predicted_damage=float("nan"),
+            predicted_damage=0.0,  # nobody predicted anything
             seed=session.recipe.seed,
         )
         return with_details(verdict, **_details(session, other, measured))  # type: ignore[arg-type]
@@ -123,7 +129,6 @@ def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[
     """Compress one group of units at a time, and compare what is lost with what was predicted."""
     n = max(1, round(len(session.data.audit) * GROUP_SHARE))
     original, task = session.model.module, session.model.task
-    first = decided.plan.rounds[0] if decided.plan.rounds else None
     claims = []
     for group, names in _groups(session).items():
         weights = {f"{name}.weight": _constant(small.get_parameter(f"{name}.weight")) for name in names}
@@ -151,7 +156,6 @@ def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[
                 bytes_after=sum(c.cost.weight_bytes for c in choices),
             )
         )
-    del first
     return claims
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attar.records import Batch, Model, Unit, Units
+from attar.records import Batch, Model, Units
 
 FLOAT_BYTES = 4
 # Copies of one batch's outputs alive at once: logits, their gradient, probabilities, a temporary.
@@ -57,29 +57,13 @@ def saved_bytes(model: Model, examples: Batch) -> int:
     return sum(seen.values())
 
 
-def statistics_bytes(units: Units, full_side_limit: int) -> int:
-    """Bytes of every A and G."""
-
-    def side(groups: int, size: int) -> int:
-        return groups * size if size > full_side_limit else groups * size * size
-
-    total = 0
-    for unit in units:
-        for use in unit.uses:
-            rows = unit.rows if use == "embedding" else side(unit.groups, unit.rows // unit.groups)
-            total += rows + side(unit.groups, unit.columns)
-            # Relevance, activation and Taylor sums of each channel.
-            total += 4 * unit.rows
-    return total * FLOAT_BYTES
-
-
 def forecast(
     model: Model,
     units: Units,
     batches: Sequence[Batch],
     *,
     samples_at_once: int,
-    full_side_limit: int,
+    statistics_bytes: int,
     priced_weights_at_once: int,
 ) -> int:
     """Say the peak of the whole run before it starts, from shapes and one small forward pass.
@@ -99,10 +83,4 @@ def forecast(
     priced = min(max(u.n_weights for u in units), priced_weights_at_once) * FLOAT_BYTES
     passing = max(saved + outputs, priced * PRICED_COPIES)
     stored = sum(unit.n_weights for unit in units)  # packed codes, at most a byte each
-    statistics = statistics_bytes(units, full_side_limit)
-    return int(resident_bytes() + statistics + stored + ALLOCATOR_SLACK * passing)
-
-
-def largest_unit(units: Units) -> Unit:
-    """The unit with most weights."""
-    return max(units, key=lambda unit: unit.n_weights)
+    return int(resident_bytes() + statistics_bytes + stored + ALLOCATOR_SLACK * passing)

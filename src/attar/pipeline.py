@@ -1,26 +1,24 @@
 """The whole product. Read this first: each line calls a stage, and each stage is a folder.
 
-    load → explain → cost → plan → transform → audit → export → report
-            Scores    Cost   Plan   Receipt     Verdict
+load → explain → cost → plan → transform → audit → export → report
+        Scores    Cost   Plan   Receipt     Verdict
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from attar import decide, judging, writing
+from attar import decide, judging, serving, writing
 from attar.errors import PlanError
 from attar.explain import CRITERIA
 from attar.export import attar_folder
+from attar.load.model import is_factory
 from attar.memory import peak_bytes
+from attar.plan.candidates import check_keep
 from attar.plan.planfile import plan_to_yaml, read_plan
 from attar.records import (
-    Batch,
-    Model,
     Plan,
     Progress,
     Recipe,
@@ -28,24 +26,31 @@ from attar.records import (
     Scores,
     Silent,
     Statistics,
-    Verdict,
+    Units,
 )
 from attar.report.html import write_report
 from attar.session import Session, open_model, open_session
-from attar.transform.apply import build_transform, materialise
+from attar.transform.apply import build_transform
 
 
-def compress(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress | None = None) -> Report:
+def compress(
+    recipe: Recipe, out: Path, *, force: bool = False, progress: Progress | None = None
+) -> Report:
     """Write the model the recipe asks for to `out`, with a report on what that cost.
 
     Raises:
         AttarError: What was found and what to type instead; nothing is written then.
     """
     attar_folder.check_output(out, force=force)
-    session = open_session(recipe, open_model(recipe), progress or Silent())
+    return compress_session(open_recipe(recipe, progress), out)
+
+
+def compress_session(session: Session, out: Path) -> Report:
+    """Do what `compress` does with a model and data at hand."""
+    check_wishes(session)
     forecast = judging.forecast_memory(session)
     statistics = decide.explain(session)
-    scores = {name: score(session.model, session.units, statistics) for name, score in CRITERIA.items()}
+    scores = score_all(session, statistics)
     candidates = decide.price(session, statistics)
     decided = decide.plan(session, candidates, statistics)
     relevance = decide.relevance(statistics)
@@ -61,7 +66,7 @@ def apply_plan_file(
     plan, session = open_plan(path, recipe, progress)
     forecast = judging.forecast_memory(session)
     statistics = decide.explain(session)
-    scores = {name: score(session.model, session.units, statistics) for name, score in CRITERIA.items()}
+    scores = score_all(session, statistics)
     decided = decide.follow(session, plan, statistics)
     relevance = decide.relevance(statistics)
     del statistics
@@ -112,34 +117,76 @@ def _finish(
 
 def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Session]:
     """Decide only. The plan of the result can be written, edited and applied."""
-    session = open_session(recipe, open_model(recipe), progress or Silent())
+    session = open_recipe(recipe, progress)
+    check_wishes(session)
     statistics = decide.explain(session)
     candidates = decide.price(session, statistics)
     return decide.plan(session, candidates, statistics).plan, session
 
 
-def explain(recipe: Recipe, *, progress: Progress | None = None) -> tuple[dict[str, Scores], Statistics, Session]:
+def check_wishes(session: Session) -> None:
+    """Refuse a size that cannot be read, or a unit to keep that is not there, before long work."""
+    session.budget_bytes()
+    check_keep(session.units, session.recipe.keep)
+
+
+def explain(
+    recipe: Recipe, *, progress: Progress | None = None
+) -> tuple[dict[str, Scores], Statistics, Session]:
     """Score every output channel, head, row and layer by every criterion."""
-    session = open_session(recipe, open_model(recipe), progress or Silent())
+    session = open_recipe(recipe, progress)
     statistics = decide.explain(session)
-    scores = {name: score(session.model, session.units, statistics) for name, score in CRITERIA.items()}
+    scores = score_all(session, statistics)
     return scores, statistics, session
 
 
-def audit(original: Recipe, compressed: Recipe, *, progress: Progress | None = None) -> Verdict:
+def score_all(session: Session, statistics: Statistics) -> dict[str, Scores]:
+    """Score by every criterion of the table."""
+    return {
+        name: score(session.model, session.units, statistics) for name, score in CRITERIA.items()
+    }
+
+
+def audit(original: Recipe, compressed: Recipe, *, progress: Progress | None = None) -> Report:
     """Compare any two models that answer the same question, on the first one's audit data."""
-    session = open_session(original, open_model(original), progress or Silent())
-    return judging.judge_models(session, open_model(compressed))
+    session = open_recipe(original, progress)
+    other = open_model(compressed)
+    verdict = judging.judge_models(session, other)
+    return serving.audit_report(session, other, verdict, Path(compressed.model))
+
+
+def open_recipe(recipe: Recipe, progress: Progress | None = None) -> Session:
+    """Load the model and its data."""
+    shown = progress or Silent()
+    with shown.stage(f"load {recipe.model}", 0):
+        model = open_model(recipe)
+    return open_session(recipe, model, shown)
 
 
 def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> tuple[Plan, Session]:
-    """Read a plan file with the session it was made in: same model, data and seed."""
+    """Read a plan file with the session it was made in: same model, data and seed.
+
+    Args:
+        recipe: What a plan does not hold: the accepted licence, and the code of a factory model.
+    """
     opened: list[Session] = []
 
-    def units_of(named: Mapping[str, Any]) -> Any:
-        own = writing.recipe_of_plan(named, recipe)
-        opened.append(open_session(own, open_model(own), progress or Silent()))
+    def units_of(planned: Recipe) -> Units:
+        own = replace(planned, accept_licence=recipe.accept_licence, factory=recipe.factory)
+        if is_factory(planned.model):
+            own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)
+        opened.append(open_recipe(own, progress))
         return opened[0].units
 
     made = read_plan(path, units_of, build_transform)
     return made, opened[0]
+
+
+def _named_code(planned: str, typed: str | None) -> str:
+    if typed != planned:
+        raise PlanError(
+            f"the plan is for code of your own, {planned}, which is not run just because a file "
+            "names it.",
+            hint=f"name the code: --factory {planned}",
+        )
+    return planned

@@ -179,14 +179,22 @@ class Curvature:
 
     damage(dW) = 1/2 · trace(R dW C dWᵀ), nats per prediction. For a linear map R is G (output
     side) and C is A (input side); for an embedding R is the frequency of each token and C is G.
+    C is kept as two halves from different samples: what was rounded on one is priced on the other.
 
     Attributes:
-        rows: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.
-        columns: `groups columns columns`, or `groups*columns` where only the diagonal is kept.
+        rows: R: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.
+        first: C on every other sample: `groups columns columns`, or `groups*columns` (diagonal).
+        second: C on the samples between.
     """
 
     rows: Tensor
-    columns: Tensor
+    first: Tensor
+    second: Tensor
+
+    @property
+    def columns(self) -> Tensor:
+        """C on all samples."""
+        return 0.5 * (self.first + self.second)
 
     @property
     def rows_mean(self) -> float:
@@ -208,6 +216,9 @@ class Statistics:
         head_relevance: Slice label to unit name (output projection) to nats per head, `heads`.
         channel_activation: Unit name to mean |y| per output channel, `rows`.
         channel_taylor: Unit name to mean |g·y| per output channel, `rows`.
+        coherence: Name of a treatment to unit name to how many times larger the damage of such a
+            change really is than with positions taken as independent; "" for any other treatment;
+            empty where positions are independent.
         n_predictions: Predictions seen.
         n_samples: Sequences or images seen, per slice label.
     """
@@ -221,6 +232,7 @@ class Statistics:
     channel_taylor: Mapping[str, Tensor]
     n_predictions: int
     n_samples: Mapping[str, int]
+    coherence: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -335,6 +347,8 @@ class Recipe:
         degrid: Seed of the exact rescaling that takes weights off a quantization grid.
         calibration: Tokens or samples for statistics; None for the default of the task.
         rounds: Turns of the correction loop, 1 or more.
+        threads: Of tensor operations. The last bits of a sum depend on how it is split, so this is
+            part of the recipe and not of the machine: the same recipe gives the same bytes.
     """
 
     model: str
@@ -351,6 +365,7 @@ class Recipe:
     recovery: int | None = None
     audit: int | None = None
     rounds: int = 2
+    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -559,7 +574,9 @@ class Report:
 class Progress(Protocol):
     """Where long work reports to. The command line draws bars; a library caller gets silence."""
 
-    def stage(self, name: str, total: float) -> AbstractContextManager[Callable[[float], None]]:
+    def stage(
+        self, name: str, total: int | float
+    ) -> AbstractContextManager[Callable[[int | float], None]]:
         """Open a stage of `total` steps; the function it yields advances it."""
 
 
@@ -567,6 +584,10 @@ class Silent:
     """Progress that nobody watches."""
 
     @contextmanager
-    def stage(self, name: str, total: float) -> Iterator[Callable[[float], None]]:  # noqa: ARG002
+    def stage(
+        self,
+        name: str,  # noqa: ARG002
+        total: int | float,  # noqa: ARG002
+    ) -> Iterator[Callable[[int | float], None]]:
         """Do nothing."""
         yield lambda _steps: None

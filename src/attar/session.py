@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from attar import cost
 from attar.divergence import Divergence, fit_gaussian
 from attar.errors import AttarError, ModelError
 from attar.explain import price
+from attar.explain.probe import Changes, Probed, probe
 from attar.explain.statistics import gather_statistics
 from attar.load.data import DataSizes, load_data
 from attar.load.fold import fold_batch_norm
@@ -42,7 +44,12 @@ from attar.transform.apply import Treated, build_transform, check_finite, substi
 
 # A prediction of a language model is one of thousands; one of a classifier is one of few, so more
 # answers are drawn for each to see as many gradients.
-DRAWS = {"classify": 4, "regress": 4, "embed": 4}
+DRAWS = {"classify": 4, "regress": 4, "embed": 4, "transcribe": 2}
+# Width of the rounding error on which coherence is measured: one that the plan often makes.
+REFERENCE_BITS = 4
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,34 +100,132 @@ class Session:
         parameter = self.model.module.get_parameter(unit.name + ".weight")
         return parameter.detach().reshape(unit.rows, unit.columns)
 
-    def gather(
-        self, treated: Mapping[str, Treated] | None = None, share: float = 1.0
-    ) -> Statistics:
-        """Gather A and G on calibration data: of the original, or as the treated model sees it.
+    def for_each_unit(self, work: Callable[[Unit], Result]) -> Iterator[Result]:
+        """Do work on every unit, in order, on all cores.
+
+        Each unit is worked on by one thread: many small operations gain little from more, and
+        what is computed does not depend on how many there are.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                yield from pool.map(work, self.units)
+        finally:
+            torch.set_num_threads(threads)
+
+    def gather(self) -> Statistics:
+        """Gather A and G of the original on calibration data."""
+        return gather_statistics(
+            self.model,
+            self.units,
+            self.data.calibration,
+            self.divergence,
+            seed=self.recipe.seed,
+            slices=self.data.slices,
+            draws=self.draws,
+            progress=self.progress,
+        )
+
+    @property
+    def draws(self) -> int:
+        """Answers sampled for each prediction."""
+        return DRAWS.get(self.model.task.name, 1)
+
+    @property
+    def predicts_everywhere(self) -> bool:
+        """Say whether every position has a prediction of its own, as in a language model.
+
+        Then what reaches one prediction comes mostly from one position, and taking positions as
+        independent is right; a picture or a sentence has one prediction for all its positions.
+        """
+        return self.model.task.name == "language"
+
+    def price(
+        self,
+        unit: Unit,
+        change: Tensor,
+        statistics: Statistics,
+        treatment: str,
+        *,
+        held_out: bool = False,
+    ) -> float:
+        """Nats per prediction of a change that a treatment made of a weight, `rows columns`."""
+        alone = price.damage(change, statistics.curvatures[unit.name], held_out=held_out)
+        by_unit = statistics.coherence.get(treatment, statistics.coherence.get("", {}))
+        return alone * by_unit.get(unit.name, 1.0)
+
+    def coherence(self, statistics: Statistics) -> dict[str, dict[str, float]]:
+        """Measure how much more rounding errors do when positions are summed first.
+
+        Error feedback makes errors that cancel over what it was fitted to, so it has its own.
+        """
+        if self.predicts_everywhere:
+            return {}
+        plain = build_transform("quantize_rtn", {"bits": REFERENCE_BITS, "group_size": 0})
+        fed_back = build_transform("quantize_feedback", {"bits": REFERENCE_BITS, "group_size": 0})
+        return {
+            "": self._coherence(statistics, plain),
+            "quantize_feedback": self._coherence(statistics, fed_back),
+        }
+
+    def _coherence(self, statistics: Statistics, reference: Transform) -> dict[str, float]:
+        changes: dict[str, Tensor] = {}
+        for unit in self.units:
+            made = self.treat(unit, [reference], statistics)[0]
+            if isinstance(made, Replacement):
+                changes[unit.name] = (made.dense - self.weight(unit)).half()
+
+        def shaped(unit: Unit) -> Callable[[], Tensor]:
+            return lambda: changes[unit.name].float().reshape(unit.shape)
+
+        found = self._probe({u.name: shaped(u) for u in self.units if u.name in changes}, 1.0)
+        ratios = {}
+        for unit in self.units:
+            if unit.name in found:
+                curvatures = statistics.curvatures[unit.name]
+                alone = price.damage(changes[unit.name].float(), curvatures, held_out=True)
+                ratios[unit.name] = found[unit.name].coherent / alone if alone > 0 else 1.0
+        return ratios
+
+    def probe(self, treated: Mapping[str, Treated], share: float) -> dict[str, float]:
+        """Price each unit's change where all changes have been made, in nats per prediction.
 
         Args:
             share: Of the calibration batches, taken from the front.
         """
+
+        def change(name: str) -> Callable[[], Tensor]:
+            weight = self.model.module.get_parameter(f"{name}.weight").detach()
+            return lambda: treated[name].weight() - weight
+
+        with substituted(self.model.module, substitutions(treated)):
+            found = self._probe({name: change(name) for name in treated}, share)
+        return {
+            name: one.independent if self.predicts_everywhere else one.coherent
+            for name, one in found.items()
+        }
+
+    def _probe(self, changes: Changes, share: float) -> dict[str, Probed]:
         n = max(1, round(len(self.data.calibration) * share))
-        with substituted(self.model.module, substitutions(treated or {})):
-            return gather_statistics(
-                self.model,
-                self.units,
-                self.data.calibration[:n],
-                self.divergence,
-                seed=self.recipe.seed,
-                slices=self.data.slices[:n],
-                draws=DRAWS.get(self.model.task.name, 1),
-                progress=self.progress,
-            )
+        return probe(
+            self.model,
+            changes,
+            self.data.calibration[:n],
+            self.divergence,
+            seed=self.recipe.seed,
+            draws=self.draws,
+            progress=self.progress,
+        )
 
     def treat(
         self, unit: Unit, transforms: Sequence[Transform], statistics: Statistics
     ) -> Sequence[Replacement | AttarError]:
-        """Try treatments on a unit's weight."""
+        """Try treatments on a unit's weight, rounded on the first half of the statistics."""
         weight = self.weight(unit)
         check_finite(unit, weight)
-        return treat(weight, price.rounding_moment(statistics.curvatures[unit.name]), transforms)
+        moment = price.rounding_moment(statistics.curvatures[unit.name], held_out=True)
+        return treat(weight, moment, transforms)
 
     def leftovers(self) -> dict[str, Tensor]:
         """Tensors no plan decides about, in the format they are stored in."""
@@ -172,16 +277,26 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
     )
 
 
-def open_session(recipe: Recipe, model: Model, progress: Progress) -> Session:
-    """Fold what can be folded, find the units, and gather data."""
+def open_session(
+    recipe: Recipe,
+    model: Model,
+    progress: Progress,
+    arrays: Mapping[str, Any] | None = None,
+) -> Session:
+    """Fold what can be folded, find the units, and gather data.
+
+    Args:
+        arrays: Samples at hand, used in place of what `recipe.data` names.
+    """
     start = time.perf_counter()
     torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
     folded_module, folded, stays = fold_batch_norm(model.module, model.examples, model.task.forward)
     model = replace(model, module=folded_module.requires_grad_(False))
     units = list_units(model)
     sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit)
     data = load_data(
-        model, recipe.data, seed=recipe.seed, sizes=sizes, slices=recipe.slices, progress=progress
+        model, arrays or recipe.data, seed=recipe.seed, sizes=sizes, slices=recipe.slices, progress=progress
     )
     notes = tuple(f"norm {line}" for line in stays)
     divergence = fit_divergence(model, data)

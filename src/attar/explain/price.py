@@ -20,21 +20,34 @@ from attar.records import Curvature, Model, Scores, Statistics, Units
 from attar.explain.statistics import ALL
 
 
-def damage(change: Float[Tensor, "rows columns"], curvatures: Sequence[Curvature]) -> float:
-    """Nats per prediction lost by adding `change` to a weight; 0 or more."""
-    return float(row_damage(change, curvatures).double().sum())
+def damage(
+    change: Float[Tensor, "rows columns"],
+    curvatures: Sequence[Curvature],
+    *,
+    held_out: bool = False,
+) -> float:
+    """Nats per prediction lost by adding `change` to a weight; 0 or more.
+
+    Args:
+        held_out: Take C from its second half only: for a change that was rounded on the first.
+    """
+    return float(row_damage(change, curvatures, held_out=held_out).double().sum())
 
 
 def row_damage(
-    change: Float[Tensor, "rows columns"], curvatures: Sequence[Curvature]
-) -> Float[Tensor, "rows"]:
+    change: Float[Tensor, "rows columns"],
+    curvatures: Sequence[Curvature],
+    *,
+    held_out: bool = False,
+) -> Float[Tensor, " rows"]:
     """Share of each row in the damage of the whole change; the shares sum to it.
 
     With a full row factor a share holds the row's part of the cross terms, and may be below zero.
     """
     total = torch.zeros(len(change))
     for curvature in curvatures:
-        through = _times_columns(change, curvature.columns)
+        columns = curvature.second if held_out else curvature.columns
+        through = _times_columns(change, columns)
         total += 0.5 * (_times_rows(curvature.rows, through) * change).sum(1)
     return total
 
@@ -57,19 +70,63 @@ def _times_rows(rows: Tensor, change: Tensor) -> Tensor:
     return (rows @ by_group).reshape(change.shape)
 
 
-def rounding_moment(curvatures: Sequence[Curvature]) -> Tensor:
+def rounding_moment(curvatures: Sequence[Curvature], *, held_out: bool = False) -> Tensor:
     """Join the uses of a weight into the one column factor that rounding works against.
+
+    What is not on the diagonal is shrunk by the share of it that is noise, so that rounding does
+    not follow chance correlations of little data.
+
+    Args:
+        held_out: Use the first half only, so that the change can be priced on the second.
 
     Returns:
         `groups columns columns`, or `groups*columns` where a use has only the diagonal.
     """
-    terms = [curvature.columns * curvature.rows_mean for curvature in curvatures]
+    terms = []
+    for curvature in curvatures:
+        columns = curvature.first.clone() if held_out else curvature.columns
+        if columns.dim() == 3:
+            columns = _shrunk(columns, _noise(curvature, held_out=held_out))
+        terms.append(columns.mul_(curvature.rows_mean))
     if any(term.dim() == 1 for term in terms):
         terms = [t if t.dim() == 1 else t.diagonal(dim1=1, dim2=2).flatten() for t in terms]
-    total = terms[0].clone()
+    total = terms[0]
     for term in terms[1:]:
-        total += term
+        total = total + term
     return total
+
+
+def _noise(curvature: Curvature, *, held_out: bool) -> float:
+    """Share of C's off-diagonal power that is sampling noise, 0 to 1.
+
+    The halves have the same mean, so half their squared difference is the variance of one half and
+    a quarter that of their mean.
+    Source: the ratio is the shrinkage intensity of Ledoit and Wolf 2004, A well-conditioned
+    estimator for large-dimensional covariance matrices, eq. 14, with the diagonal as the target
+    and the variance from two halves instead of from single samples, which hang together.
+    """
+    if curvature.first is curvature.second:
+        return 0.0
+    difference = _off_diagonal_power(curvature.first - curvature.second)
+    if held_out:
+        return _ratio(difference / 2, _off_diagonal_power(curvature.first))
+    return _ratio(difference / 4, _off_diagonal_power(curvature.columns))
+
+
+def _ratio(noise: float, power: float) -> float:
+    return min(1.0, noise / power) if power > 0 else 0.0
+
+
+def _off_diagonal_power(matrices: Tensor) -> float:
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    return float(matrices.square().sum().double() - diagonal.square().sum().double())
+
+
+def _shrunk(columns: Tensor, share: float) -> Tensor:
+    """Scale what is off the diagonal by 1 - share, in place."""
+    diagonal = columns.diagonal(dim1=1, dim2=2).clone()
+    columns.mul_(1 - share).diagonal(dim1=1, dim2=2).copy_(diagonal)
+    return columns
 
 
 def score(model: Model, units: Units, statistics: Statistics) -> Scores:

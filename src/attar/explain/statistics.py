@@ -25,10 +25,11 @@ from attar.explain import moments
 from attar.records import Batch, Curvature, Model, Progress, Statistics, Unit, Units
 from attar.sites import Call, watched
 
-# A full matrix of this side is 100 MB in float32; beyond it only the diagonal is kept.
-FULL_SIDE_LIMIT = 5000
-# Outputs of one backward pass, in numbers: 64 MB of logits. More is not faster.
-OUTPUTS_AT_ONCE = 16_000_000
+# A full C of this side is 100 MB in float32, and there are two; beyond it, the diagonal only.
+FULL_COLUMNS_LIMIT = 5000
+# R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
+# together between rows, so what lies off the diagonal hardly changes a price.
+FULL_ROWS_LIMIT = 1024
 SAMPLES_AT_ONCE = 4
 ALL = ""  # the slice that holds every sample
 
@@ -39,8 +40,8 @@ class _Use:
 
     operation: str
     rows: Tensor
-    columns: Tensor
-    positions: int = 0
+    halves: list[Tensor]  # C of every other piece, and of the pieces between
+    positions: list[int]
     is_answer: bool = False
 
 
@@ -87,21 +88,18 @@ def gather_statistics(
     with progress.stage("explain", len(batches)) as advance:
         for number, batch in enumerate(batches):
             labels = slices[number] if slices else ()
-            for piece, piece_labels in _pieces(batch, labels, gatherer.width):
+            for piece, piece_labels in pieces(batch, labels, model):
                 gatherer.add(piece, piece_labels)
             advance(1)
     return gatherer.result()
 
 
-def _pieces(
-    batch: Batch, labels: Sequence[str], width: int
+def pieces(
+    batch: Batch, labels: Sequence[str], model: Model
 ) -> Iterator[tuple[Batch, Sequence[str]]]:
-    """Cut a batch so that one backward pass stays small."""
+    """Cut a batch so that one backward pass stays small: one sequence, or a few other samples."""
     samples = len(next(iter(batch.values())))
-    tokens = [t.shape[1] for name, t in batch.items() if name.endswith("tokens")]
-    step = SAMPLES_AT_ONCE
-    if tokens:
-        step = max(1, min(samples, OUTPUTS_AT_ONCE // max(1, width * tokens[-1])))
+    step = 1 if model.task.name in ("language", "transcribe") else SAMPLES_AT_ONCE
     for start in range(0, samples, step):
         piece = {name: tensor[start : start + step] for name, tensor in batch.items()}
         yield piece, labels[start : start + step]
@@ -125,12 +123,12 @@ class _Gatherer:
         self._calls: dict[str, int] = {}
         self._last: tuple[_Use, Tensor] | None = None
         self._last_input: tuple[Tensor, _Use] | None = None
-        with torch.no_grad():
-            self.width = model.task.forward(model.module, model.examples).shape[-1]
+        self._half = 1
 
     def add(self, batch: Batch, labels: Sequence[str]) -> None:
         """Add one small batch to the sums."""
         self._labels, self._calls, self._last_input = labels, defaultdict(int), None
+        self._half = 1 - self._half
         self._n_samples = len(next(iter(batch.values())))
         batch = {
             name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
@@ -169,7 +167,7 @@ class _Gatherer:
             return
         use, value = self._last
         use.is_answer = value.numel() == outputs.numel() and torch.equal(
-            value.reshape(-1, value.shape[-1])[-1], outputs.detach().reshape(-1, self.width)[-1]
+            value.reshape(-1, value.shape[-1])[-1], outputs.detach().reshape(-1, outputs.shape[-1])[-1]
         )
 
     def _count(self, mask: Tensor) -> None:
@@ -191,9 +189,10 @@ class _Gatherer:
         value = output.detach().clone() if call.operation == "convolution" else output.detach()
         self._last = (use, value)
         if call.operation == "embedding":
-            tokens = call.input.reshape(self._n_samples, -1)
+            # Positions, say, are looked up once for all samples: then there is one row of them.
+            tokens = call.input.reshape(len(call.input) if call.input.dim() > 1 else 1, -1)
             use.rows += torch.bincount(tokens.flatten(), minlength=unit.rows)
-            use.positions += tokens.numel()
+            use.positions[self._half] += tokens.numel()
             output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))
             return output
         self._add_inputs(use, call)
@@ -214,20 +213,21 @@ class _Gatherer:
         """Add to A; weights that read the very same input (q, k and v, say) share one."""
         last = self._last_input
         if call.operation == "linear" and last is not None and last[0] is call.input:
-            use.columns, use.positions = last[1].columns, last[1].positions
+            use.halves, use.positions = last[1].halves, last[1].positions
             return
         x = moments.inputs_of(call, self._n_samples, moments.POSITIONS_AT_MOST).detach()
-        moments.add_second_moment(use.columns, x)
-        use.positions += x.shape[0] * x.shape[2]
+        moments.add_second_moment(use.halves[self._half], x)
+        use.positions[self._half] += x.shape[0] * x.shape[2]
         self._last_input = (call.input, use)
 
     def _looked_up(
         self, unit: Unit, use: _Use, tokens: Tensor, value: Tensor, gradient: Tensor
     ) -> None:
         """Add the gradients that meet an embedding's rows."""
-        g = gradient.reshape(self._n_samples, 1, -1, gradient.shape[-1])
-        moments.add_second_moment(use.columns, g)
-        products = (gradient * value).sum(-1).reshape(self._n_samples, -1)
+        moments.add_second_moment(
+            use.halves[self._half], gradient.reshape(1, 1, -1, gradient.shape[-1])
+        )
+        products = (gradient * value).sum(-1).reshape(tokens.shape)
         self._add_relevance_of_tokens(unit, tokens, products)
 
     def _answered(
@@ -265,8 +265,6 @@ class _Gatherer:
             whole[unit.name] = whole.get(unit.name, 0.0) + float(chosen.sum(1).square().sum())
 
     def _add_relevance_of_tokens(self, unit: Unit, tokens: Tensor, products: Tensor) -> None:
-        if tokens.shape != products.shape:
-            return
         for label, chosen in self._by_label(torch.arange(len(tokens))):
             rows = moments.token_products(tokens[chosen], products[chosen], unit.rows)
             _add_to(self._sums.channel[label], unit.name, rows)
@@ -286,13 +284,15 @@ class _Gatherer:
                 for label, of in by_label.items()
             }
 
-        read = {name: [u for u in uses if u.operation != "embedding"] for name, uses in sums.uses.items()}
+        curvatures = self._curvatures(n)
+        reads = {unit.name: [use != "embedding" for use in unit.uses] for unit in self._units.values()}
         return Statistics(
-            curvatures={
-                unit.name: tuple(self._curvature(use, n) for use in sums.uses[unit.name])
-                for unit in self._units.values()
+            curvatures=curvatures,
+            column_power={
+                name: _power(curvatures[name][linear.index(True)])
+                for name, linear in reads.items()
+                if any(linear)
             },
-            column_power={name: _power(uses[0]) for name, uses in read.items() if uses},
             channel_relevance=per_prediction(sums.channel),
             unit_relevance=per_prediction(sums.whole),
             head_relevance=per_prediction(sums.heads),
@@ -304,36 +304,71 @@ class _Gatherer:
             n_samples=dict(sums.samples),
         )
 
-    def _curvature(self, use: _Use, n: int) -> Curvature:
+    def _curvatures(self, n: int) -> dict[str, tuple[Curvature, ...]]:
+        """Curvature of every unit; uses that share an input go on sharing its moment."""
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        curvatures = {}
+        for unit in self._units.values():
+            uses = self._sums.uses[unit.name]
+            curvatures[unit.name] = tuple(self._curvature(use, n, done) for use in uses)
+        return curvatures
+
+    def _curvature(self, use: _Use, n: int, done: dict[int, tuple[Tensor, Tensor]]) -> Curvature:
         """Normalise one use so that damage comes out in nats per prediction."""
-        columns = use.columns / use.positions
+        if id(use.halves) not in done:
+            done[id(use.halves)] = _means(use, self._draws if use.operation == "embedding" else 1)
+        first, second = done[id(use.halves)]
         if use.operation == "embedding":
             # The one-hot input is the frequency; gradients are what the columns meet.
             frequency = moments.token_frequency(use.rows, self._sums.answers)
-            return Curvature(rows=frequency * (use.positions / n), columns=columns / self._draws)
+            return Curvature(frequency * (sum(use.positions) / n), first, second)
         if use.is_answer and use.rows.dim() == 1 and self._sums.spread is not None:
-            return Curvature(rows=self._sums.spread / n, columns=columns)
-        return Curvature(rows=use.rows / (n * self._draws), columns=columns)
+            return Curvature(self._sums.spread / n, first, second)
+        return Curvature(use.rows / (n * self._draws), first, second)
+
+
+def _means(use: _Use, draws: int) -> tuple[Tensor, Tensor]:
+    """Turn the two sums into means; a single piece of data stands for both halves."""
+    means = [half.div_(max(1, n * draws)) for half, n in zip(use.halves, use.positions, strict=True)]
+    if use.positions[1] == 0:
+        return means[0], means[0]
+    return means[0], means[1]
 
 
 def _new_use(unit: Unit, call: Call) -> _Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
-    if call.operation == "embedding":
-        columns = _square(1, unit.columns)
-        return _Use(call.operation, rows=torch.zeros(unit.rows), columns=columns)
-    rows = _square(unit.groups, unit.rows // unit.groups)
-    return _Use(call.operation, rows=rows, columns=_square(unit.groups, unit.columns))
+    shapes = curvature_shapes(unit, call.operation)
+    halves = [torch.zeros(shapes[1]) for _ in range(2)]
+    return _Use(call.operation, torch.zeros(shapes[0]), halves, [0, 0])
 
 
-def _square(groups: int, side: int) -> Tensor:
-    return torch.zeros(groups * side) if side > FULL_SIDE_LIMIT else torch.zeros(groups, side, side)
+def curvature_shapes(unit: Unit, operation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of R and of each half of C for one use of a unit; diagonals where too large."""
+
+    def side(groups: int, size: int, limit: int) -> tuple[int, ...]:
+        return (groups * size,) if size > limit else (groups, size, size)
+
+    if operation == "embedding":
+        return (unit.rows,), side(1, unit.columns, FULL_COLUMNS_LIMIT)
+    rows = side(unit.groups, unit.rows // unit.groups, FULL_ROWS_LIMIT)
+    return rows, side(unit.groups, unit.columns, FULL_COLUMNS_LIMIT)
 
 
-def _power(use: _Use) -> Tensor:
+def statistics_bytes(units: Units) -> int:
+    """Bytes of every R and C before weights that read one input share theirs, and of the sums."""
+    numbers = 0
+    for unit in units:
+        for use in unit.uses:
+            rows, columns = curvature_shapes(unit, use)
+            # Relevance, activation and Taylor sums of each channel.
+            numbers += torch.Size(rows).numel() + 2 * torch.Size(columns).numel() + 4 * unit.rows
+    return numbers * torch.float32.itemsize
+
+
+def _power(curvature: Curvature) -> Tensor:
     """E[x²] per column, mean over groups."""
-    if use.columns.dim() == 1:
-        return use.columns / use.positions
-    return use.columns.diagonal(dim1=1, dim2=2).mean(0) / use.positions
+    columns = curvature.columns
+    return columns if columns.dim() == 1 else columns.diagonal(dim1=1, dim2=2).mean(0)
 
 
 def _add_to(sums: dict[str, Tensor], name: str, values: Tensor) -> None:

@@ -15,7 +15,7 @@ import lzma
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         OutputError: The disk is full or cannot be written; what was there before is still there.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -107,6 +107,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():  # interrupted between the two renames
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        if not folder.exists():
+            for parent in missing:
+                with suppress(OSError):  # it was not made, or something else lies in it now
+                    parent.rmdir()
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -78,7 +78,7 @@ class DataSizes:
 
 def load_data(
     model: Model,
-    source: str | None,
+    source: str | Mapping[str, Any] | None,
     *,
     seed: int,
     sizes: DataSizes,
@@ -90,7 +90,8 @@ def load_data(
 
     Args:
         model: Its task and files decide what fits.
-        source: A file or folder as typed; None for the default of the task.
+        source: A file or folder as typed; arrays by the names of the model's inputs, their first
+            dimension the sample; None for the default of the task.
         seed: The same seed gives the same data.
         sizes: Of the splits.
         slices: A two-column .tsv (sample, label), or a column of the table `source`.
@@ -123,7 +124,7 @@ def load_data(
 
 def _gather(
     model: Model,
-    source: str | None,
+    source: str | Mapping[str, Any] | None,
     seed: int,
     sizes: DataSizes,
     slices: str | None,
@@ -132,6 +133,8 @@ def _gather(
     task = model.task.name
     counts = sizes.counts(task, DEFAULT_COUNTS.get(task))
     has_tokenizer = "tokenizer.json" in model.files
+    if isinstance(source, Mapping):
+        return tensor_splits(model, source, sizes.counts(task, None), seed=seed, slices=slices)
     as_tensors = source is not None and Path(source).suffix.lower() in TENSOR_SUFFIXES
     if not as_tensors and task == "classify" and "picture" in model.architecture.config:
         assert counts is not None

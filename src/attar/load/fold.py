@@ -115,6 +115,8 @@ def fold_again(module: nn.Module, names: Sequence[str]) -> nn.Module:
                 f"the folded pair {name} does not exist in the module: {fault}.",
                 hint="the model was written with another version of its code; install that one",
             ) from fault
+        if isinstance(norm, nn.Identity) and getattr(feeder, "bias", None) is not None:
+            continue  # the module at hand was folded before
         if not (isinstance(feeder, FEEDERS) and isinstance(norm, NORMS)):
             raise ModelError(
                 f"the folded pair {name} is a {type(feeder).__name__} and a "

@@ -23,7 +23,7 @@ from attar.load.huggingface import read_huggingface, save_huggingface
 from attar.load.parts import Parts
 from attar.records import Architecture, Batch, Model, Task
 
-__all__ = ["load_model", "model_from_parts", "save_huggingface"]
+__all__ = ["is_factory", "load_model", "model_from_parts", "save_huggingface"]
 
 _EXAMPLE_SAMPLES, _EXAMPLE_TOKENS = 2, 16
 _INPUT_NAMES = {
@@ -60,7 +60,7 @@ def load_model(
     if isinstance(source, nn.Module):
         return _from_module(source, type(source).__name__, factory or "", examples, task)
     name = str(source)
-    if ":" in name and not Path(name).exists():
+    if is_factory(name):
         module, built_examples = _call_factory(name)
         given = built_examples if examples is None else examples
         return _from_module(module, name, name, given, task)
@@ -68,6 +68,11 @@ def load_model(
     if seed_degrid is not None:
         parts = _degridded(parts, seed_degrid)
     return model_from_parts(parts, name)
+
+
+def is_factory(name: str) -> bool:
+    """Whether a model's name is `package.module:function`: code of the user's own."""
+    return ":" in name and not Path(name).exists()
 
 
 def model_from_parts(parts: Parts, name: str) -> Model:

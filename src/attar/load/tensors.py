@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,12 @@ PARTS = Counts(1024, 512, 1024)  # samples where no counts are given: at most, i
 
 
 def tensor_splits(
-    model: Model, source: str | None, counts: Counts | None, *, seed: int, slices: str | None
+    model: Model,
+    source: str | Mapping[str, Any] | None,
+    counts: Counts | None,
+    *,
+    seed: int,
+    slices: str | None,
 ) -> Splits:
     """Samples from arrays whose first dimension is the sample, in shuffled order.
 
@@ -36,8 +41,11 @@ def tensor_splits(
             f"{model.name} has no default data.",
             hint=f"give --data FILE.npz or FILE.safetensors with the arrays {names}",
         )
-    path = Path(source)
-    arrays = _read_arrays(path, names)
+    if isinstance(source, str):
+        arrays = _read_arrays(Path(source), names)
+    else:
+        arrays = {name: np.asarray(array) for name, array in source.items()}
+        source = "the data given"
     inputs = {name: _fitting(name, arrays, model.examples, source) for name in model.examples}
     n_samples = {name: len(array) for name, array in inputs.items()}
     if len(set(n_samples.values())) != 1:

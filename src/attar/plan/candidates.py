@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,6 +15,8 @@ GROUP_SIZES = (32, 64, 128)
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
+# Weights treated at once, all settings together: each takes a few times its float32 size.
+TREATED_WEIGHTS = 8_000_000
 
 
 def menu(unit: Unit) -> list[Treatment]:
@@ -76,26 +78,51 @@ def price_candidates(
     *,
     build: Callable[[str, Mapping[str, Any]], Transform],
     treat: Callable[[Unit, Sequence[Transform]], Sequence[Replacement | AttarError]],
-    price: Callable[[Unit, Replacement], float],
+    price: Callable[[Unit, Replacement, str], float],
+    for_each: Callable[[Callable[[Unit], list[Candidate]]], Iterable[list[Candidate]]],
     progress: Progress,
 ) -> dict[str, list[Candidate]]:
-    """Try every treatment on every unit and price the change it makes."""
+    """Try every treatment on every unit and price the change it makes.
+
+    Args:
+        for_each: Applies a function to every unit, in order; may work on several at once.
+    """
+
+    def price_one(unit: Unit) -> list[Candidate]:
+        return _price_unit(unit, treatments[unit.name], build, treat, price)
+
     candidates: dict[str, list[Candidate]] = {}
-    work = sum(unit.n_weights * len(treatments[unit.name]) for unit in units)
-    with progress.stage("price", work) as advance:
-        for unit in units:
-            built = [(t, build(*t)) for t in treatments[unit.name]]
-            refused = [(t, x, reason) for t, x in built if (reason := x.rejects(unit))]
-            allowed = [(t, x) for t, x in built if not x.rejects(unit)]
-            tried = treat(unit, [x for _, x in allowed])
-            candidates[unit.name] = [
-                Candidate(unit.name, *t, Cost(0, unit.macs), None, reason)
-                for t, _, reason in refused
-            ] + [
-                _priced(unit, t, x, result, price)
-                for (t, x), result in zip(allowed, tried, strict=True)
-            ]
-            advance(unit.n_weights * len(treatments[unit.name]))
+    work = {unit.name: unit.n_weights * len(treatments[unit.name]) for unit in units}
+    with progress.stage("price", sum(work.values())) as advance:
+        for unit, priced in zip(units, for_each(price_one), strict=True):
+            candidates[unit.name] = priced
+            advance(work[unit.name])
+    return candidates
+
+
+def _price_unit(
+    unit: Unit,
+    treatments: Sequence[Treatment],
+    build: Callable[[str, Mapping[str, Any]], Transform],
+    treat: Callable[[Unit, Sequence[Transform]], Sequence[Replacement | AttarError]],
+    price: Callable[[Unit, Replacement, str], float],
+) -> list[Candidate]:
+    """Price all treatments of one unit, few at once where the weight is large."""
+    built = [(t, build(*t)) for t in treatments]
+    candidates = [
+        Candidate(unit.name, *t, Cost(0, unit.macs), None, reason)
+        for t, transform in built
+        if (reason := transform.rejects(unit))
+    ]
+    allowed = [(t, transform) for t, transform in built if not transform.rejects(unit)]
+    at_once = max(1, TREATED_WEIGHTS // unit.n_weights)
+    for start in range(0, len(allowed), at_once):
+        some = allowed[start : start + at_once]
+        results = treat(unit, [transform for _, transform in some])
+        candidates += [
+            _priced(unit, t, transform, result, price)
+            for (t, transform), result in zip(some, results, strict=True)
+        ]
     return candidates
 
 
@@ -104,9 +131,9 @@ def _priced(
     treatment: Treatment,
     transform: Transform,
     result: Replacement | AttarError,
-    price: Callable[[Unit, Replacement], float],
+    price: Callable[[Unit, Replacement, str], float],
 ) -> Candidate:
     cost = transform.cost(unit)
     if isinstance(result, AttarError):
         return Candidate(unit.name, *treatment, cost, None, result.problem)
-    return Candidate(unit.name, *treatment, cost, max(0.0, price(unit, result)))
+    return Candidate(unit.name, *treatment, cost, max(0.0, price(unit, result, treatment[0])))

@@ -75,13 +75,18 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
     given = _field(content, "recipe", dict)
     unset = Recipe(model="")
     known = {field.name: getattr(unset, field.name) for field in fields(Recipe)}
-    numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds")
+    numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds", "threads")
     for name, value in given.items():
         good = isinstance(value, int) if name in numbers else isinstance(value, str)
         if name not in known or not good or isinstance(value, bool):
             raise PlanError(f"the plan's recipe has {name!r}: {value!r}, which cannot be used.",
                             hint="undo the last edit, or make the plan again with attar plan.")
-    keep = tuple(str(pattern) for pattern in _field(content, "keep", list))
+    keep = tuple(_field(content, "keep", list))
+    if not all(isinstance(pattern, str) for pattern in keep):
+        raise PlanError(
+            f"the plan keeps {keep}, which are not all names of units.",
+            hint="write names between quotes, as in keep: ['3', '*.v_proj'].",
+        )
     return Recipe(model=_field(content, "model", str), keep=keep, **given)
 
 
@@ -195,7 +200,14 @@ def _choice(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # A few lines of references to references would unfold to gigabytes.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise PlanError(
+                f"{path} holds references (*name), which plans do not use.",
+                hint="write the value itself.",
+            )
+        content = yaml.safe_load(text)
     except OSError as error:
         raise PlanError(f"cannot read {path}: {error.strerror}.",
                         hint="make one with: attar plan MODEL --size 60MB --out plan.yaml") from error

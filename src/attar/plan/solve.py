@@ -28,6 +28,11 @@ def smallest(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candida
     }
 
 
+def weight_bytes(choices: Mapping[str, Candidate]) -> int:
+    """Bytes of the units' tensors."""
+    return sum(choice.cost.weight_bytes for choice in choices.values())
+
+
 def usable(options: Sequence[Candidate]) -> list[Candidate]:
     """Leave out what was refused and what costs more than another that loses no more."""
     priced = [c for c in options if c.refused is None and c.predicted_damage is not None]
@@ -39,18 +44,18 @@ def usable(options: Sequence[Candidate]) -> list[Candidate]:
     return kept
 
 
-def solve(candidates: Mapping[str, Sequence[Candidate]], weight_bytes: int) -> dict[str, Candidate]:
-    """Minimise the sum of predicted damage within `weight_bytes` (units' tensors only).
+def solve(candidates: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str, Candidate]:
+    """Minimise the sum of predicted damage within `limit` bytes (units' tensors only).
 
     Raises:
         BudgetError: Even the smallest candidates need more; names the smallest size reachable.
     """
     options = {name: usable(of) for name, of in candidates.items()}
-    least = sum(c.cost.weight_bytes for c in smallest(candidates).values())
-    if least > weight_bytes:
+    least = weight_bytes(smallest(candidates))
+    if least > limit:
         raise BudgetError(
             f"no plan fits: the weights alone need {least:,} bytes at their smallest, "
-            f"and the budget leaves {weight_bytes:,}.",
+            f"and the budget leaves {limit:,}.",
             hint="raise --size by at least the difference, or allow --keep fewer units.",
         )
     flat = [c for of in options.values() for c in of]
@@ -64,7 +69,7 @@ def solve(candidates: Mapping[str, Sequence[Candidate]], weight_bytes: int) -> d
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(kilobytes[None, :], -np.inf, weight_bytes / 1000),
+            LinearConstraint(kilobytes[None, :], -np.inf, limit / 1000),
         ],
         options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
     )
@@ -73,7 +78,7 @@ def solve(candidates: Mapping[str, Sequence[Candidate]], weight_bytes: int) -> d
     for name, of in options.items():
         chosen[name] = of[int(np.argmax(result.x[start : start + len(of)]))]
         start += len(of)
-    return _spend_the_rest(chosen, options, weight_bytes)
+    return _spend_the_rest(chosen, options, limit)
 
 
 def _one_each(counts: Sequence[int]) -> csr_array:
@@ -85,10 +90,10 @@ def _one_each(counts: Sequence[int]) -> csr_array:
 def _spend_the_rest(
     chosen: dict[str, Candidate],
     options: Mapping[str, Sequence[Candidate]],
-    weight_bytes: int,
+    limit: int,
 ) -> dict[str, Candidate]:
     """Use what the solver's gap left over: take the step that saves most nats, while one fits."""
-    left = weight_bytes - sum(c.cost.weight_bytes for c in chosen.values())
+    left = limit - weight_bytes(chosen)
     while True:
         steps = [
             (_damage(chosen[name]) - _damage(option), name, option)

@@ -151,7 +151,7 @@ def _report_parts(facts: Mapping[str, Any]) -> list[RenderableType]:
     if facts["not_finite"]:
         parts.append(Text(f"not finite: {', '.join(facts['not_finite'])}"))
     if size["folder"] is not None:
-        page = Path(size["folder"]) / "report.html"
+        page = Path(size["folder"]) / "report" / "report.html"
         parts += [Text(f"\nmodel   {size['folder']}\nreport  {page}", overflow="fold")]
     return parts
 

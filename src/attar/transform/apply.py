@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -31,6 +31,9 @@ class Treated:
         """Decode to the shape the module holds."""
         dense = self.transform.decode(self.tensors, self.unit.rows, self.unit.columns)
         return dense.view(self.unit.shape)
+
+
+Done = tuple[Treated, Applied]
 
 
 def build_transform(treatment: str, settings: Mapping[str, object]) -> Transform:
@@ -64,7 +67,8 @@ def treat(
     """
     together = [t for t in transforms if isinstance(t, QuantizeFeedback)]
     try:
-        done = dict(zip(together, quantize_all(weight, moment, together), strict=True))
+        made = quantize_all(weight, moment, together) if together else []
+        done = dict(zip(together, made, strict=True))
     except SettingError as error:
         done = dict.fromkeys(together, error)  # type: ignore[arg-type]
     results: list[Replacement | SettingError] = []
@@ -86,37 +90,42 @@ def apply_choices(
     *,
     moment: Moment,
     price: Price,
+    for_each: Callable[[Callable[[Unit], Done]], Iterable[Done]],
     progress: Progress,
 ) -> tuple[dict[str, Treated], tuple[Applied, ...]]:
     """Treat every unit as chosen. The module is left as it is.
+
+    Args:
+        for_each: Applies a function to every unit, in order; may work on several at once.
 
     Raises:
         ModelError: A weight is not finite.
     """
     weights = dict(module.named_parameters())
-    treated: dict[str, Treated] = {}
-    applied: list[Applied] = []
+
+    def treat_one(unit: Unit) -> Done:
+        weight = weights[unit.name + ".weight"].detach().reshape(unit.rows, -1)
+        check_finite(unit, weight)
+        choice = choices[unit.name]
+        transform = build_transform(choice.treatment, choice.settings)
+        replacement = transform.apply(weight, moment(unit))
+        change = replacement.dense - weight
+        applied = Applied(
+            unit=unit.name,
+            treatment=choice.treatment,
+            settings=dict(choice.settings),
+            stored_bytes=sum(t.nbytes for t in replacement.tensors.values()),
+            predicted_damage=price(unit, change),
+            relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
+        )
+        return Treated(unit, transform, replacement.tensors), applied
+
+    done: list[Done] = []
     with progress.stage("transform", len(units.units)) as advance:
-        for unit in units:
-            choice = choices[unit.name]
-            weight = weights[unit.name + ".weight"].detach().reshape(unit.rows, -1)
-            check_finite(unit, weight)
-            transform = build_transform(choice.treatment, choice.settings)
-            replacement = transform.apply(weight, moment(unit))
-            change = replacement.dense - weight
-            treated[unit.name] = Treated(unit, transform, replacement.tensors)
-            applied.append(
-                Applied(
-                    unit=unit.name,
-                    treatment=choice.treatment,
-                    settings=dict(choice.settings),
-                    stored_bytes=sum(t.nbytes for t in replacement.tensors.values()),
-                    predicted_damage=price(unit, change),
-                    relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
-                )
-            )
+        for one in for_each(treat_one):
+            done.append(one)
             advance(1)
-    return treated, tuple(applied)
+    return {t.unit.name: t for t, _ in done}, tuple(applied for _, applied in done)
 
 
 def check_finite(unit: Unit, weight: Tensor) -> None:

@@ -31,7 +31,8 @@ RANGE_FACTORS = tuple(round(1 - 0.05 * k, 2) for k in range(11))
 # costs to start an operation.
 CHUNK_WEIGHTS = 1 << 19
 
-Scales = tuple[Float16[Tensor, "rows n_groups"], UInt8[Tensor, "rows n_groups"]]
+# How many groups there are differs from setting to setting, so the axis has no name.
+Scales = tuple[Float16[Tensor, "rows _"], UInt8[Tensor, "rows _"]]
 
 
 def group_width(columns: int, group_size: int) -> int:

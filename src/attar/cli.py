@@ -1,0 +1,393 @@
+"""The command line: arguments in, text out. Torch is imported only when a command runs.
+
+Exit codes: 0 done and passed, 1 the verdict is failed, 2 an error in what was typed or given,
+3 the verdict is undecided, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attar.errors import AttarError
+from attar.options import (
+    MODEL_HELP,
+    AcceptLicence,
+    Audit,
+    Calibration,
+    DataPath,
+    Degrid,
+    Factory,
+    Force,
+    JsonFile,
+    Keep,
+    ModelName,
+    Out,
+    Recovery,
+    Rounds,
+    Seed,
+    Size,
+    Slices,
+    TaskName,
+)
+from attar.progress import open_progress
+from attar.records import Recipe
+
+if TYPE_CHECKING:
+    from attar.records import Verdict
+
+PASSED, FAILED, WRONG, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
+NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
+# Typer brings its own copy of click or imports it, by version; this is what all its errors share.
+UsageError: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="Explain what in a neural network matters, compress the rest under a budget, and show "
+    "what changed.",
+    epilog="--debug after any command shows where an error comes from.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain text, and half the start-up time
+)
+
+
+@app.command()
+def compress(
+    model: ModelName,
+    size: Size,
+    out: Out,
+    data: DataPath = None,
+    slices: Slices = None,
+    keep: Keep = None,
+    seed: Seed = 0,
+    task: TaskName = None,
+    factory: Factory = None,
+    degrid: Degrid = None,
+    calibration: Calibration = None,
+    recovery: Recovery = None,
+    audit: Audit = None,
+    rounds: Rounds = 2,
+    accept_licence: AcceptLicence = False,
+    force: Force = False,
+) -> int:
+    """Fit a model into a size, and report what that cost."""
+    from attar import pipeline
+    from attar.report.terminal import report_to_text
+
+    recipe = _recipe(locals())
+    with open_progress() as progress:
+        report = pipeline.compress(recipe, out, force=force, progress=progress)
+    _show(report_to_text(report, **_screen()))
+    return _exit_code(report.verdict)
+
+
+@app.command()
+def plan(
+    model: ModelName,
+    size: Size,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="plan.yaml to write.")] = None,
+    data: DataPath = None,
+    slices: Slices = None,
+    keep: Keep = None,
+    seed: Seed = 0,
+    task: TaskName = None,
+    factory: Factory = None,
+    degrid: Degrid = None,
+    calibration: Calibration = None,
+    recovery: Recovery = None,
+    audit: Audit = None,
+    rounds: Rounds = 2,
+    accept_licence: AcceptLicence = False,
+    force: Force = False,
+) -> None:
+    """Decide only; write a plan to read and edit."""
+    from attar import pipeline
+    from attar.export.text_file import check_new_file, write_whole
+    from attar.plan.planfile import plan_to_yaml
+    from attar.report.terminal import plan_to_text
+
+    recipe = _recipe(locals())
+    if out is not None:
+        check_new_file(out, force=force)
+    with open_progress() as progress:
+        made, session = pipeline.plan(recipe, progress=progress)
+    if out is not None:
+        write_whole(out, plan_to_yaml(made))
+    _show(plan_to_text(made, session.units.units, **_screen()))
+    if out is not None:
+        _show(f"\nplan  {out}\nnext  attar apply {out} --out DIR")
+
+
+@app.command()
+def apply(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="From attar plan.")],
+    out: Out,
+    factory: Factory = None,
+    accept_licence: AcceptLicence = False,
+    force: Force = False,
+) -> int:
+    """Do what a plan says, without deciding again."""
+    from attar import pipeline
+    from attar.report.terminal import report_to_text
+
+    recipe = Recipe(model="", factory=factory, accept_licence=accept_licence)
+    with open_progress() as progress:
+        report = pipeline.apply_plan_file(
+            plan_file, out, recipe=recipe, force=force, progress=progress
+        )
+    _show(report_to_text(report, **_screen()))
+    return _exit_code(report.verdict)
+
+
+@app.command()
+def explain(
+    model: ModelName,
+    criterion: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="price, magnitude, wanda, taylor or activation."),
+    ] = "price",
+    json_file: JsonFile = None,
+    units: Annotated[
+        bool, typer.Option("--units", help="Also list what no plan decides about, and why.")
+    ] = False,
+    data: DataPath = None,
+    slices: Slices = None,
+    seed: Seed = 0,
+    task: TaskName = None,
+    factory: Factory = None,
+    degrid: Degrid = None,
+    calibration: Calibration = None,
+    recovery: Recovery = None,
+    audit: Audit = None,
+    accept_licence: AcceptLicence = False,
+) -> None:
+    """Say what every unit of a model is worth."""
+    from attar import decide, pipeline, serving
+    from attar.report.terminal import scores_to_text
+
+    recipe = _recipe(locals())
+    _check_criterion(criterion)
+    _check_json(json_file)
+    with open_progress() as progress:
+        scores, statistics, session = pipeline.explain(recipe, progress=progress)
+    chosen = {criterion: scores[criterion]}
+    relevance = decide.relevance(statistics)
+    _show(scores_to_text(session.units, chosen, relevance.slices, **_screen()))
+    if units:
+        lines = [f"  {name}: {why}" for name, why in serving.leftover_reasons(session).items()]
+        _show("\n".join(["not units, stored as they are:", *(lines or ["  none"])]))
+    if json_file is not None:
+        _write_json(json_file, serving.explanation_to_json(session, scores, relevance.slices))
+
+
+@app.command(name="audit")
+def audit_command(
+    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help=MODEL_HELP)],
+    compressed: Annotated[str, typer.Argument(metavar="COMPRESSED", help=MODEL_HELP)],
+    data: DataPath = None,
+    slices: Slices = None,
+    seed: Seed = 0,
+    task: TaskName = None,
+    factory: Factory = None,
+    degrid: Degrid = None,
+    calibration: Calibration = None,
+    recovery: Recovery = None,
+    audit: Audit = None,
+    accept_licence: AcceptLicence = False,
+    json_file: JsonFile = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report.html and report.json there.")
+    ] = None,
+) -> int:
+    """Compare any two models, whoever compressed."""
+    from attar import pipeline
+    from attar.report.html import write_report
+    from attar.report.record import jsonable, verdict_to_json
+    from attar.report.terminal import audit_to_text
+
+    first = _recipe({**locals(), "model": original, "factory": None})
+    second = Recipe(model=compressed, factory=factory, task=task, accept_licence=accept_licence)
+    _check_json(json_file)
+    with open_progress() as progress:
+        found = pipeline.audit(first, second, progress=progress)
+    _show(audit_to_text(found.verdict, **_screen()))
+    if json_file is not None:
+        _write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
+    if report is not None:
+        _show(f"report  {write_report(found, report)[0]}")
+    return _exit_code(found.verdict)
+
+
+@app.command()
+def run(
+    model: ModelName,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT|FILES", help="A prompt, texts, or files.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Written at most, by a language model.")
+    ] = 64,
+    seed: Seed = 0,
+    task: TaskName = None,
+    factory: Factory = None,
+    accept_licence: AcceptLicence = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Continue text, name pictures, compare texts, transcribe."""
+    from attar import serving
+    from attar.session import open_model
+
+    _check_json(json_file)
+    recipe = Recipe(model=model, factory=factory, task=task, accept_licence=accept_licence)
+    with open_progress() as progress, progress.stage(f"load {model}", 0):
+        opened = open_model(recipe)
+    answer = serving.run(opened, inputs or [], max_tokens=max_tokens, seed=seed)
+    _show(answer.text)
+    if json_file is not None:
+        _write_json(json_file, answer.facts)
+
+
+@app.command()
+def models(
+    action: Annotated[str | None, typer.Argument(metavar="get", help="Fetch a model.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which one.")] = None,
+    degrid: Degrid = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write it as a Hugging Face folder.")
+    ] = None,
+    accept_licence: AcceptLicence = False,
+) -> None:
+    """List the built-in models, or get one."""
+    from attar import serving
+    from attar.report.terminal import models_to_text
+
+    if action is None:
+        _show(models_to_text(serving.model_rows(), **_screen()))
+        return
+    if action != "get" or name is None:
+        raise typer.BadParameter("`attar models` lists them, `attar models get NAME` fetches one")
+    _show(serving.describe_model(name))
+    if degrid is not None and out is None:
+        out = Path(f"{name}-degrid-{degrid}")
+    with open_progress() as progress, progress.stage(f"fetch and convert {name}", 0):
+        model = serving.get_model(name, degrid=degrid, accept_licence=accept_licence, out=out)
+    place = "in the cache" if out is None else f"written to {out}"
+    _show(f"ready: {model.origin}, {place}")
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        _show(f"attar {version('attar')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Run before every command; the version is printed by the option itself."""
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _recipe(arguments: Mapping[str, Any]) -> Recipe:
+    """Pick what a recipe asks for out of a command's arguments."""
+    chosen = {name: arguments[name] for name in Recipe.__dataclass_fields__ if name in arguments}
+    chosen["keep"] = tuple(chosen.get("keep") or ())
+    return Recipe(**chosen)
+
+
+def _check_criterion(name: str) -> None:
+    from attar.errors import SettingError
+    from attar.explain import CRITERIA
+
+    if name not in CRITERIA:
+        raise SettingError(
+            f"there is no criterion {name!r}.", hint=f"use one of {', '.join(CRITERIA)}."
+        )
+
+
+def _check_json(path: Path | None) -> None:
+    from attar.export.text_file import check_new_file
+
+    if path is not None:
+        check_new_file(path, force=True)
+
+
+def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    from attar.export.text_file import write_whole
+
+    write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def _show(text: str) -> None:
+    typer.echo(text.rstrip("\n"))
+
+
+def _screen() -> dict[str, Any]:
+    """Width and colour of the terminal; no colour where there is none, or where it is unwanted."""
+    columns = shutil.get_terminal_size((100, 24)).columns
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return {"width": min(max(columns, NARROWEST), WIDEST), "colour": colour}
+
+
+def _exit_code(verdict: Verdict) -> int:
+    return {"passed": PASSED, "failed": FAILED}.get(verdict.outcome, UNDECIDED)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; two lines on stderr for a mistake."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in typed
+    typed = [word for word in typed if word != "--debug"] or ["--help"]
+    _quieten(debug)
+    try:
+        code = typer.main.get_command(app)(typed, prog_name="attar", standalone_mode=False)
+    except AttarError as error:
+        if debug:
+            raise
+        return _fail(error.problem, error.hint)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "attar"
+        return _fail(error.format_message(), f"type {command} --help")
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except MemoryError:
+        if debug:
+            raise
+        return _fail("there is not enough memory.", "use a smaller model, or --calibration N")
+    if code == INTERRUPTED:
+        typer.echo("interrupted; nothing was written.", err=True)
+    return int(code or PASSED)
+
+
+def _quieten(debug: bool) -> None:
+    """Let a termination clean up like Ctrl-C, and keep libraries' notes out of the output."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when pip is started
+
+
+def _fail(problem: str, hint: str) -> int:
+    typer.echo(f"error: {_one_line(problem)}\nhint: {_one_line(hint)}", err=True)
+    return WRONG
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,103 @@
+"""Price given changes where the model now stands, without keeping any A or G.
+
+A forward and backward pass over a little data, in which each weight's change is also multiplied
+with what enters the weight: 1/2 · E[(g·dW x)²], the same second-order damage as `price`, but for
+one change only, with no Kronecker assumption, and at any point (the compressed one, say).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attar.divergence import Divergence
+from attar.explain.statistics import pieces
+from attar.records import Batch, Model, Progress
+from attar.sites import Call, watched
+
+Changes = Mapping[str, Callable[[], Tensor]]
+"""Unit name to a function that makes its change, in the shape the module holds."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Damage of one unit's change, nats per prediction.
+
+    Attributes:
+        independent: Positions of one sample taken as independent, as `price` takes them.
+        coherent: Positions of one sample summed first, so that a steady shift counts in full.
+    """
+
+    independent: float
+    coherent: float
+
+
+def probe(
+    model: Model,
+    changes: Changes,
+    batches: Sequence[Batch],
+    divergence: Divergence,
+    *,
+    seed: int,
+    draws: int,
+    progress: Progress,
+) -> dict[str, Probed]:
+    """Price every change by itself, at the weights the model runs with now.
+
+    Run inside `sites.substituted` to price at a compressed point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    predictions = 0
+    with progress.stage("price again", len(batches)) as advance:
+        for batch in batches:
+            for piece, _ in pieces(batch, (), model):
+                outputs = _run(model, piece, changes, sums)
+                mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+                predictions += int(mask.sum())
+                for draw in range(draws):
+                    gradient = torch.zeros_like(outputs)
+                    chosen = outputs.detach()[mask]
+                    gradient[mask] = divergence.sampled_gradient(chosen, generator)
+                    outputs.backward(gradient, retain_graph=draw + 1 < draws)
+            advance(1)
+    scale = 0.5 / (predictions * draws)
+    return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in sums.items()}
+
+
+def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[float]]) -> Tensor:
+    """Run forward; the sums grow when the result is run backward."""
+    samples = len(next(iter(batch.values())))
+
+    def visit(call: Call) -> Tensor:
+        output = call.run()
+        name = call.name.removesuffix(".weight")
+        if name not in changes:
+            return output
+        if not output.requires_grad:
+            output.requires_grad_()
+        with torch.no_grad():
+            plain = {k: v for k, v in call.arguments.items() if k != "bias"}
+            moved = call.function(**{**plain, "weight": changes[name]()})
+        output.register_hook(lambda g: _add(sums[name], call.operation, moved * g, samples))
+        return output
+
+    ready = {
+        name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
+        for name, t in batch.items()
+    }
+    with torch.enable_grad(), watched(model.module, visit):
+        return model.task.forward(model.module, ready)
+
+
+def _add(total: list[float], operation: str, products: Tensor, samples: int) -> None:
+    """Add the squares of g·dW x: of each position, and of each sample's sum."""
+    features = 1 if operation == "convolution" else -1
+    slopes = products.sum(features)
+    slopes = slopes.reshape(samples if slopes.numel() % samples == 0 else slopes.numel(), -1)
+    total[0] += float(slopes.double().square().sum())
+    total[1] += float(slopes.double().sum(1).square().sum())

@@ -1,0 +1,305 @@
+"""Attar from Python: the functions behind `attar.load`, `attar.explain` and so on.
+
+    model = attar.load("smollm2")
+    scores = attar.explain(model)
+    plan = attar.plan(model, scores, size="56MB", keep=["lm_head"])
+    small = attar.apply(model, plan)
+    attar.audit(model, small).report("report.html")
+
+What an explanation, a plan and a small model were made from is remembered as long as they live, so
+that no step is done twice. An edited plan is carried out afresh.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from attar import decide, judging, pipeline, serving
+from attar.errors import PlanError
+from attar.export.attar_folder import check_output
+from attar.export.text_file import write_whole
+from attar.load.folder import is_attar_folder, load_folder, read_folder
+from attar.records import (
+    Model,
+    Plan,
+    Progress,
+    Receipt,
+    Recipe,
+    Report,
+    Scores,
+    Silent,
+    Statistics,
+    Verdict,
+)
+from attar.report.html import report_to_html
+from attar.session import Session, open_model, open_session
+from attar.transform.apply import build_transform, materialise
+
+Arrays = str | Path | Tensor | Mapping[str, Any] | None
+"""A file or folder, the model's first input as one tensor, named inputs, or the default data."""
+
+
+class Explanation(Mapping[str, Scores]):
+    """Scores by criterion, with the statistics they came from."""
+
+    def __init__(self, session: Session, statistics: Statistics) -> None:
+        self.session = session
+        self.statistics = statistics
+        self._scores = pipeline.score_all(session, statistics)
+
+    def __getitem__(self, criterion: str) -> Scores:
+        return self._scores[criterion]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A verdict, and the page that shows it."""
+
+    verdict: Verdict
+    facts: Report
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "verdict":  # not there yet while it is being copied
+            raise AttributeError(name)
+        return getattr(self.verdict, name)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the page.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        write_whole(Path(path), report_to_html(self.facts))
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a plan or a small model came from."""
+
+    model: Model
+    explanation: Explanation
+    decided: decide.Decided
+
+
+_made: dict[int, _Made] = {}
+
+
+def _remember(thing: Plan | Model, made: _Made) -> None:
+    """Keep what `thing` was made from until it is gone; records cannot be keys themselves."""
+    _made[id(thing)] = made
+    weakref.finalize(thing, _made.pop, id(thing), None)
+
+
+def load(
+    source: str | Path | nn.Module,
+    *,
+    examples: Any = None,
+    task: str | None = None,
+    factory: str | nn.Module | None = None,
+    degrid: int | None = None,
+    accept_licence: bool = False,
+) -> Model:
+    """Load a model from a name, a folder, a file, code, or take a module at hand.
+
+    Args:
+        source: A built-in name, a folder, a GGUF file, "package.module:factory", or a module.
+        examples: Of a module: inputs it accepts, to trace it with.
+        task: Of a module: "classify", "regress" or "language"; what its outputs are.
+        factory: Code of a folder that was made from code of your own.
+        degrid: Seed of the exact rescaling that takes weights off a quantization grid.
+        accept_licence: You accept the terms of a built-in model that has some.
+
+    Raises:
+        ModelError: The model is unknown, unreadable, damaged, or does not say what it is.
+    """
+    if isinstance(source, nn.Module):
+        return open_model(Recipe(model="", task=task), source, examples)
+    if isinstance(factory, nn.Module) and is_attar_folder(Path(source)):
+        return load_folder(read_folder(Path(source), build_transform), factory)
+    return open_model(
+        Recipe(
+            model=str(source),
+            task=task,
+            factory=factory if isinstance(factory, str) else None,
+            degrid=degrid,
+            accept_licence=accept_licence,
+        )
+    )
+
+
+def explain(
+    model: Model,
+    data: Arrays = None,
+    *,
+    seed: int = 0,
+    slices: str | None = None,
+    calibration: int | None = None,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Score every unit of a model by every criterion; higher = keep.
+
+    Args:
+        slices: Labels of the samples; see `attar explain --help`.
+        calibration: Tokens or samples that prices are gathered on.
+
+    Raises:
+        DataError: Data that is missing, too little, or does not fit.
+    """
+    recipe = Recipe(model=model.name, seed=seed, slices=slices, calibration=calibration)
+    session = _open(recipe, model, data, progress)
+    return Explanation(session, decide.explain(session))
+
+
+def plan(
+    model: Model,
+    scores: Explanation | None = None,
+    *,
+    size: str,
+    keep: Sequence[str] = (),
+    data: Arrays = None,
+    seed: int = 0,
+    rounds: int = 2,
+) -> Plan:
+    """Decide what to do with every unit so that the written folder has at most a size.
+
+    Args:
+        scores: From `explain` on the same model; made here where left out.
+        size: "60MB", "64MiB", "25%" or "3.1bits".
+        keep: Names of units, or patterns with `*`, that stay in 16 bits.
+
+    Raises:
+        BudgetError: The size cannot be read, or cannot be reached.
+    """
+    known = scores if scores is not None else explain(model, data, seed=seed)
+    asked = replace(known.session.recipe, size=size, keep=tuple(keep), rounds=rounds)
+    session = replace(known.session, recipe=asked)
+    pipeline.check_wishes(session)
+    candidates = decide.price(session, known.statistics)
+    decided = decide.plan(session, candidates, known.statistics)
+    # A copy is remembered: what holds the plan itself would keep it alive for ever.
+    copied = replace(decided, plan=replace(decided.plan))
+    _remember(decided.plan, _Made(model, known, copied))
+    return decided.plan
+
+
+def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
+    """Do what a plan says, in memory; the same plan gives the same weights.
+
+    Args:
+        plan: From `plan`, edited or not.
+        data: For an edited plan: what it was made on.
+
+    Raises:
+        PlanError: The plan is for another model.
+    """
+    made = _made.get(id(plan))
+    if made is None or made.model is not model:
+        made = _carried_out(model, plan, data)
+    session = made.explanation.session
+    module = materialise(session.model.module, made.decided.treated)
+    held = module.state_dict()
+    for name, tensor in session.leftovers().items():  # as a file would hold them
+        held[name].copy_(tensor)
+    small = replace(
+        session.model,
+        module=module,
+        name=f"{model.name}, compressed",
+        origin=f"{model.origin}, compressed by Attar",
+    )
+    _remember(small, made)
+    return small
+
+
+def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
+    recipe = plan.recipe or Recipe(model=model.name, seed=plan.seed)
+    session = _open(recipe, model, data if data is not None else recipe.data, None)
+    names = {unit.name for unit in session.units}
+    strange = names.symmetric_difference(plan.choices)
+    if strange:
+        raise PlanError(
+            f"the plan is not for {model.name}: only one of them has {min(strange)}.",
+            hint="make a plan for this model with attar.plan",
+        )
+    known = Explanation(session, decide.explain(session))
+    return _Made(model, known, decide.follow(session, plan, known.statistics))
+
+
+def audit(model: Model, small: Model, data: Arrays = None, *, seed: int = 0) -> Audit:
+    """Compare two models that answer the same question, on data that no plan was made with.
+
+    Args:
+        small: From `apply`, or any other model.
+        data: The same as given to `explain`; its audit split is used.
+
+    Raises:
+        DataError: The two do not answer the same question.
+    """
+    made = _made.get(id(small))
+    if made is not None and made.model is model and data is None:
+        session = made.explanation.session
+    else:
+        session = _open(Recipe(model=model.name, seed=seed), model, data, None)
+    if made is None or made.model is not model:
+        verdict = judging.judge_models(session, small)
+        return Audit(verdict, serving.audit_report(session, small, verdict, None))
+    verdict = judging.judge_compressed(session, small, made.decided)
+    bare = serving.audit_report(session, small, verdict, None)
+    relevance = decide.relevance(made.explanation.statistics)
+    facts = replace(
+        bare,
+        model=model.name,
+        plan=made.decided.plan,
+        receipt=Receipt(made.decided.receipt.applied, session.units.leftovers),
+        scores=dict(made.explanation),
+        head_relevance=relevance.heads,
+        slice_relevance=relevance.slices,
+        bytes_after=made.decided.plan.weight_bytes,
+    )
+    return Audit(verdict, facts)
+
+
+def compress(
+    model: str | Path | Model,
+    *,
+    size: str,
+    out: str | Path,
+    data: Arrays = None,
+    keep: Sequence[str] = (),
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Do all of it, and write the model with its report to a folder.
+
+    Args:
+        model: From `load`, or what `load` takes.
+        force: Replace what an earlier run wrote to `out`.
+
+    Raises:
+        AttarError: What was found and what to do instead; nothing is written then.
+    """
+    check_output(Path(out), force=force)
+    opened = model if isinstance(model, Model) else load(model)
+    recipe = Recipe(model=opened.name, size=size, keep=tuple(keep), seed=seed)
+    return pipeline.compress_session(_open(recipe, opened, data, progress), Path(out))
+
+
+def _open(recipe: Recipe, model: Model, data: Arrays, progress: Progress | None) -> Session:
+    if isinstance(data, str | Path):
+        return open_session(replace(recipe, data=str(data)), model, progress or Silent())
+    if isinstance(data, Tensor):
+        data = {next(iter(model.examples)): data}
+    return open_session(recipe, model, progress or Silent(), data)

@@ -1,0 +1,63 @@
+"""The options of the command line, each written once; a command names those it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "A built-in name, a folder, a GGUF file, or package.module:factory."
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Size = Annotated[
+    str,
+    typer.Option(metavar="SIZE", help="Of the whole written folder: 60MB, 64MiB, 25%, 3.1bits."),
+]
+DataPath = Annotated[
+    str | None,
+    typer.Option("--data", metavar="PATH", help="File or folder; else the default of the task."),
+]
+Slices = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Labels of the samples: a .tsv, or a column of the data."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A unit, or pattern with *, that stays in 16 bits. Repeat."),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of every random draw.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", metavar="TASK", help="Of a factory model: classify or regress."),
+]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P:F", help="Code of a folder that Attar made from package.module:factory."
+    ),
+]
+Degrid = Annotated[
+    int | None,
+    typer.Option(metavar="SEED", help="First take the weights off their quantization grid."),
+]
+Calibration = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens or samples that prices are gathered on.")
+]
+Recovery = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens or samples that the plan is checked on.")
+]
+Audit = Annotated[
+    int | None,
+    typer.Option("--audit", metavar="N", help="Tokens or samples that the result is judged on."),
+]
+Rounds = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Turns of solve, measure and correct.")
+]
+AcceptLicence = Annotated[
+    bool, typer.Option("--accept-licence", help="You accept the terms of a model that has some.")
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the same facts as JSON.")
+]

@@ -1,0 +1,49 @@
+"""Code of a user's own: what `toy_code:classifier` names on a command line."""
+
+import numpy as np
+import torch
+from torch import nn
+
+SIDE = 16
+
+
+def classifier():
+    """A module with a norm to fold, and two samples that it accepts."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(SIDE, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(),
+        nn.Linear(48, 10),
+    )  # fmt: skip
+    module(3 * samples(256))  # so that the norm has something to do
+    return module.eval(), {"inputs": samples(2)}
+
+
+def regressor():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(SIDE, 32), nn.Tanh(), nn.Linear(32, 3)), {"inputs": samples(2)}
+
+
+def broken():
+    """One weight is not a number."""
+    module, examples = classifier()
+    module[3].weight.data[1, 2] = float("nan")
+    return module, examples
+
+
+def samples(count, seed=0):
+    return torch.randn(count, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def save_data(path, count=400, side=SIDE):
+    draws = np.random.default_rng(0)
+    np.savez(path, inputs=draws.standard_normal((count, side), dtype=np.float32))
+    return path
+
+
+def other():
+    """The same layers with other weights."""
+    module, examples = classifier()
+    torch.manual_seed(7)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module, examples

@@ -39,7 +39,7 @@ def opened(kind):
     else:
         module, examples = toy_code.classifier()
         model = load_model(module, examples=examples, task="classify")
-        session = _session(model, {"inputs": toy_code.samples(120)})
+        session = _session(model, {"inputs": toy_code.samples(60)})
     return session, session.gather()
 
 
@@ -100,7 +100,7 @@ def test_a_dead_channel_is_worth_nothing_or_the_least(name):
         module[3].bias[5] = 0.0
         module[5].weight[:, 5] = 0.0
     model = load_model(module, examples=examples, task="classify")
-    session = _session(model, {"inputs": toy_code.samples(120)})
+    session = _session(model, {"inputs": toy_code.samples(60)})
     scores = CRITERIA[name](session.model, session.units, session.gather())
     assert scores.channels["3"][5] == scores.channels["3"].min() == 0.0
 

@@ -15,7 +15,7 @@ from attar.errors import BudgetError, DataError, PlanError
 
 @pytest.fixture(scope="module")
 def inputs():
-    return toy_code.samples(400, seed=3)
+    return toy_code.samples(100, seed=3)
 
 
 @pytest.fixture(scope="module")

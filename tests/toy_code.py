@@ -34,7 +34,7 @@ def samples(count, seed=0):
     return torch.randn(count, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def save_data(path, count=400, side=SIDE):
+def save_data(path, count=100, side=SIDE):
     draws = np.random.default_rng(0)
     np.savez(path, inputs=draws.standard_normal((count, side), dtype=np.float32))
     return path

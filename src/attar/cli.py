@@ -39,6 +39,7 @@ from attar.options import (
     Size,
     Slices,
     TaskName,
+    Threads,
 )
 from attar.progress import open_progress
 from attar.records import Recipe
@@ -75,6 +76,7 @@ def compress(
     calibration: Calibration = None,
     recovery: Recovery = None,
     audit: Audit = None,
+    threads: Threads = 2,
     rounds: Rounds = 2,
     accept_licence: AcceptLicence = False,
     force: Force = False,
@@ -105,6 +107,7 @@ def plan(
     calibration: Calibration = None,
     recovery: Recovery = None,
     audit: Audit = None,
+    threads: Threads = 2,
     rounds: Rounds = 2,
     accept_licence: AcceptLicence = False,
     force: Force = False,
@@ -168,6 +171,7 @@ def explain(
     calibration: Calibration = None,
     recovery: Recovery = None,
     audit: Audit = None,
+    threads: Threads = 2,
     accept_licence: AcceptLicence = False,
 ) -> None:
     """Say what every unit of a model is worth."""
@@ -202,6 +206,7 @@ def audit_command(
     calibration: Calibration = None,
     recovery: Recovery = None,
     audit: Audit = None,
+    threads: Threads = 2,
     accept_licence: AcceptLicence = False,
     json_file: JsonFile = None,
     report: Annotated[
@@ -350,6 +355,8 @@ def _exit_code(verdict: Verdict) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; two lines on stderr for a mistake."""
+    if arguments is None:  # as a program of its own, a termination cleans up like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [word for word in typed if word != "--debug"] or ["--help"]
@@ -376,8 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quieten(debug: bool) -> None:
-    """Let a termination clean up like Ctrl-C, and keep libraries' notes out of the output."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Keep libraries' notes out of the output."""
     if not debug:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

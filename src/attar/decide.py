@@ -283,7 +283,9 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
         there = probed[unit.name]
         ratio = 0.5 * (1 + there / here) if here > 0 else 1.0
         scaled[unit.name] = [
-            c if c.predicted_damage is None else replace(c, predicted_damage=c.predicted_damage * ratio)
+            c
+            if c.predicted_damage is None
+            else replace(c, predicted_damage=c.predicted_damage * ratio)
             for c in candidates[unit.name]
         ]
     return scaled

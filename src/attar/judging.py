@@ -131,9 +131,13 @@ def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[
     original, task = session.model.module, session.model.task
     claims = []
     for group, names in _groups(session).items():
-        weights = {f"{name}.weight": _constant(small.get_parameter(f"{name}.weight")) for name in names}
+        weights = {
+            f"{name}.weight": _constant(small.get_parameter(f"{name}.weight")) for name in names
+        }
 
-        def compressed(batch: Batch, weights: Mapping[str, Callable[[], Tensor]] = weights) -> Tensor:
+        def compressed(
+            batch: Batch, weights: Mapping[str, Callable[[], Tensor]] = weights
+        ) -> Tensor:
             with substituted(original, weights):
                 return task.forward(original, batch)
 
@@ -185,12 +189,20 @@ def _details(session: Session, other: Model, measured: Measured) -> dict[str, ob
         name = "tokens" if model.task.name == "language" else "decoder_tokens"
         texts = [row for batch in data.audit for row in batch[name]]
         details: dict[str, object] = {
-            "changed": changed_predictions(measured, lambda t: tokenizer.decode([t]), texts, tokenizer.decode),
+            "changed": changed_predictions(
+                measured, lambda t: tokenizer.decode([t]), texts, tokenizer.decode
+            ),
             "token_divergence": token_divergence(measured, texts, lambda t: tokenizer.decode([t])),
         }
         if model.task.name == "language":
             details["continuations"] = [
-                (prompt, *(continue_text(m, prompt, max_tokens=CONTINUED_TOKENS, seed=0) for m in (model, other)))
+                (
+                    prompt,
+                    *(
+                        continue_text(m, prompt, max_tokens=CONTINUED_TOKENS, seed=0)
+                        for m in (model, other)
+                    ),
+                )
                 for prompt in PROMPTS
             ]
         return details

@@ -48,7 +48,9 @@ def saved_bytes(model: Model, examples: Batch) -> int:
             kept.append(tensor)
         return tensor
 
-    batch = {n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in examples.items()}
+    batch = {
+        n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in examples.items()
+    }
     embedding = next(model.module.parameters())
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         embedding.requires_grad_()

@@ -53,6 +53,12 @@ Audit = Annotated[
 Rounds = Annotated[
     int, typer.Option(min=1, metavar="N", help="Turns of solve, measure and correct.")
 ]
+Threads = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", help="Of tensor operations; part of what a result depends on."
+    ),
+]
 AcceptLicence = Annotated[
     bool, typer.Option("--accept-licence", help="You accept the terms of a model that has some.")
 ]

@@ -1,7 +1,7 @@
 """The nouns that travel between the stages. Data only; the work is in the stage folders.
 
-    load → explain → cost → plan → transform → audit → export → report
-            Scores    Cost   Plan   Receipt     Verdict
+load → explain → cost → plan → transform → audit → export → report
+        Scores    Cost   Plan   Receipt     Verdict
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # load: a model, the data it is judged on, the units a plan decides about
 
 Batch: TypeAlias = "Mapping[str, Tensor]"
@@ -169,8 +169,8 @@ class Units:
         return next(unit for unit in self.units if unit.name == name)
 
 
-# ---------------------------------------------------------------------------------------------
-# explain: curvature and scores
+# ------------------------------------------------------------------------------------------
+# the explain stage: curvature and scores
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,8 @@ class Scores:
     totals: Mapping[str, float]
 
 
-# ---------------------------------------------------------------------------------------------
-# cost, plan
+# ------------------------------------------------------------------------------------------
+# the cost and plan stages
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class Replacement:
     """
 
     tensors: Mapping[str, Tensor]
-    dense: "Float[Tensor, 'rows columns']"
+    dense: Float[Tensor, "rows columns"]
 
 
 @runtime_checkable
@@ -297,7 +297,7 @@ class Transform(Protocol):
         """
 
     def decode(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        """Turn stored tensors back into the dense float32 weight, bit for bit the one in `apply`."""
+        """Turn stored tensors back into the dense float32 weight, bit for bit that of `apply`."""
 
 
 @dataclass(frozen=True)
@@ -417,7 +417,7 @@ class Round:
     weight_bytes: int
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # transform, audit, export
 
 
@@ -566,7 +566,7 @@ class Report:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # progress: how long work tells where it is
 
 

@@ -252,7 +252,7 @@ def state_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         digest.update(name.encode())
-        digest.update(memoryview(parameter.detach().contiguous().numpy()).cast("B"))
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -296,7 +296,12 @@ def open_session(
     units = list_units(model)
     sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit)
     data = load_data(
-        model, arrays or recipe.data, seed=recipe.seed, sizes=sizes, slices=recipe.slices, progress=progress
+        model,
+        arrays or recipe.data,
+        seed=recipe.seed,
+        sizes=sizes,
+        slices=recipe.slices,
+        progress=progress,
     )
     notes = tuple(f"norm {line}" for line in stays)
     divergence = fit_divergence(model, data)

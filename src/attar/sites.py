@@ -50,6 +50,7 @@ class Call:
 
     @property
     def input(self) -> Tensor:
+        """What the weight is applied to."""
         tensor: Tensor = self.arguments["input"]
         return tensor
 

@@ -64,7 +64,7 @@ def _about_model(session: Session) -> dict[str, Any]:
 
 
 def _description(session: Session, decided: Decided) -> dict[str, Any]:
-    """Plan and receipt in one: what each unit's tensors are, and what they were expected to cost."""
+    """Plan and receipt in one: what each unit's tensors are, and what they should cost."""
     units = {}
     for applied in decided.receipt.applied:
         unit = session.units.named(applied.unit)
@@ -80,5 +80,3 @@ def _description(session: Session, decided: Decided) -> dict[str, Any]:
         "keep": list(decided.plan.budget.keep),
         "units": units,
     }
-
-

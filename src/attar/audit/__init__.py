@@ -1,0 +1,1 @@
+"""audit: original, compressed, data → Verdict."""

@@ -64,7 +64,9 @@ def token_divergence(
     if not len(texts):
         return []
     first = measured.sample == 0
-    at = dict(zip(measured.position[first].tolist(), measured.divergence[first].tolist(), strict=True))
+    at = dict(
+        zip(measured.position[first].tolist(), measured.divergence[first].tolist(), strict=True)
+    )
     tokens = texts[0][:TEXT_TOKENS].tolist()
     # A token is predicted at the position before it.
     return [(name_of(token), at.get(place - 1, 0.0)) for place, token in enumerate(tokens)]

@@ -53,6 +53,7 @@ class Measured:
 
     @property
     def mean_divergence(self) -> float:
+        """Nats per prediction."""
         return float(self.divergence.mean())
 
 
@@ -96,7 +97,7 @@ def _compare(
     mask = batch.get("mask", torch.ones(before.shape[:2], dtype=torch.bool))
     following = _next_tokens(model, batch, before, mask)
     where = mask.nonzero()
-    for rows in where.split(ROWS_AT_ONCE):
+    for rows in torch.split(where, ROWS_AT_ONCE):
         sample, position = rows.unbind(1)
         p, q = before[sample, position], after[sample, position]
         blind.add(p)

@@ -80,7 +80,9 @@ def _apply_rule(
     checks = []
     if blind > 0:
         share = Estimate(*(v / blind for v in (divergence.value, divergence.low, divergence.high)))
-        checks.append(("of what the answers say about the inputs was lost", share, LOST_INFORMATION_LIMIT))
+        checks.append(
+            ("of what the answers say about the inputs was lost", share, LOST_INFORMATION_LIMIT)
+        )
     if flips is not None:
         checks.append(("of the predictions changed", flips, CHANGED_PREDICTIONS_LIMIT))
     outcomes, reasons = ["passed"], []

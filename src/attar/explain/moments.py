@@ -14,7 +14,6 @@ from torch import Tensor
 from attar.records import Unit
 from attar.sites import Call, patches
 
-
 # Positions of one picture that second moments are taken over. Neighbours say nearly the same, and
 # with hundreds of pictures there are far more of them than columns.
 POSITIONS_AT_MOST = 196
@@ -51,7 +50,7 @@ def thinned(
 
 
 def _by_sample(tensor: Tensor, samples: int) -> Tensor:
-    """Rows that do not divide over the samples (a shared query, say) count as samples of their own."""
+    """Rows that do not divide over the samples (a shared query, say) each count as a sample."""
     rows = tensor.numel() // tensor.shape[-1]
     count = samples if rows % samples == 0 else rows
     return tensor.reshape(count, 1, -1, tensor.shape[-1])
@@ -88,7 +87,7 @@ def token_products(
     tokens: Int[Tensor, "samples positions"],
     products: Float[Tensor, "samples positions"],
     n_tokens: int,
-) -> Float[Tensor, "n_tokens"]:
+) -> Float[Tensor, n_tokens]:
     """Sum over samples of (sum over a token's positions of g·y) squared."""
     total = torch.zeros(n_tokens)
     for sample_tokens, sample_products in zip(tokens, products, strict=True):
@@ -106,12 +105,13 @@ def head_products(
 ) -> Float[Tensor, "samples heads"]:
     """Sum, over positions and the columns of each head, of the input times its gradient."""
     slope = gradient @ weight
-    return (slope * x).sum((1, 2)).unflatten(-1, (heads, -1)).sum(-1)
+    products = (slope * x).sum((1, 2))
+    return products.reshape(len(products), heads, -1).sum(-1)
 
 
 def token_frequency(
-    counts: Float[Tensor, "n_tokens"], answers: Float[Tensor, "n_tokens"] | None
-) -> Float[Tensor, "n_tokens"]:
+    counts: Float[Tensor, n_tokens], answers: Float[Tensor, n_tokens] | None
+) -> Float[Tensor, n_tokens]:
     """Estimate how often each token is met: half what was counted, half what the model expects.
 
     A token never counted still has a frequency, because the model gives it some probability;

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attar.records import Curvature, Model, Scores, Statistics, Units
 from attar.explain.statistics import ALL
+from attar.records import Curvature, Model, Scores, Statistics, Units
 
 
 def damage(

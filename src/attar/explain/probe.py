@@ -63,7 +63,7 @@ def probe(
                     gradient = torch.zeros_like(outputs)
                     chosen = outputs.detach()[mask]
                     gradient[mask] = divergence.sampled_gradient(chosen, generator)
-                    outputs.backward(gradient, retain_graph=draw + 1 < draws)
+                    outputs.backward(gradient, retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
             advance(1)
     scale = 0.5 / (predictions * draws)
     return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in sums.items()}
@@ -83,7 +83,7 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         with torch.no_grad():
             plain = {k: v for k, v in call.arguments.items() if k != "bias"}
             moved = call.function(**{**plain, "weight": changes[name]()})
-        output.register_hook(lambda g: _add(sums[name], call.operation, moved * g, samples))
+        output.register_hook(lambda g: _add(sums[name], call.operation, moved * g, samples))  # type: ignore[no-untyped-call]
         return output
 
     ready = {

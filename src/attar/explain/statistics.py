@@ -146,7 +146,7 @@ class _Gatherer:
         self._count(mask)
         for draw in range(self._draws):
             gradient = self._gradient(outputs.detach(), mask, first=draw == 0)
-            outputs.backward(gradient, retain_graph=draw + 1 < self._draws)
+            outputs.backward(gradient, retain_graph=draw + 1 < self._draws)  # type: ignore[no-untyped-call]
 
     def _gradient(self, outputs: Tensor, mask: Tensor, *, first: bool) -> Tensor:
         chosen = outputs[mask]
@@ -167,7 +167,8 @@ class _Gatherer:
             return
         use, value = self._last
         use.is_answer = value.numel() == outputs.numel() and torch.equal(
-            value.reshape(-1, value.shape[-1])[-1], outputs.detach().reshape(-1, outputs.shape[-1])[-1]
+            value.reshape(-1, value.shape[-1])[-1],
+            outputs.detach().reshape(-1, outputs.shape[-1])[-1],
         )
 
     def _count(self, mask: Tensor) -> None:
@@ -193,11 +194,11 @@ class _Gatherer:
             tokens = call.input.reshape(len(call.input) if call.input.dim() > 1 else 1, -1)
             use.rows += torch.bincount(tokens.flatten(), minlength=unit.rows)
             use.positions[self._half] += tokens.numel()
-            output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))
+            output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))  # type: ignore[no-untyped-call]
             return output
         self._add_inputs(use, call)
         x = moments.inputs_of(call, self._n_samples).detach() if unit.heads else None
-        output.register_hook(lambda g: self._answered(unit, use, x, value, g))
+        output.register_hook(lambda g: self._answered(unit, use, x, value, g))  # type: ignore[no-untyped-call]
         return output
 
     def _use(self, unit: Unit, call: Call) -> _Use:
@@ -285,7 +286,9 @@ class _Gatherer:
             }
 
         curvatures = self._curvatures(n)
-        reads = {unit.name: [use != "embedding" for use in unit.uses] for unit in self._units.values()}
+        reads = {
+            unit.name: [use != "embedding" for use in unit.uses] for unit in self._units.values()
+        }
         return Statistics(
             curvatures=curvatures,
             column_power={
@@ -329,7 +332,9 @@ class _Gatherer:
 
 def _means(use: _Use, draws: int) -> tuple[Tensor, Tensor]:
     """Turn the two sums into means; a single piece of data stands for both halves."""
-    means = [half.div_(max(1, n * draws)) for half, n in zip(use.halves, use.positions, strict=True)]
+    means = [
+        half.div_(max(1, n * draws)) for half, n in zip(use.halves, use.positions, strict=True)
+    ]
     if use.positions[1] == 0:
         return means[0], means[0]
     return means[0], means[1]

@@ -1,0 +1,1 @@
+"""load: recipe → model, units, data in three splits."""

@@ -62,11 +62,15 @@ def read_folder(path: Path, build: Callable[[str, Mapping[str, Any]], Transform]
     description = _description(path)
     weights = _bytes(path / "model.safetensors")
     if hashlib.sha256(weights).hexdigest() != description.get("weights_sha256"):
-        raise ModelError(f"{path}/model.safetensors is not the file attar.json describes.", hint=_HINT)
+        raise ModelError(
+            f"{path}/model.safetensors is not the file attar.json describes.", hint=_HINT
+        )
     try:
         stored = safetensors.torch.load(weights)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}/model.safetensors cannot be read: {error}.", hint=_HINT) from error
+        raise ModelError(
+            f"{path}/model.safetensors cannot be read: {error}.", hint=_HINT
+        ) from error
     units = description["units"]
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in units}
     leftovers = {}
@@ -136,7 +140,8 @@ def _empty(folder: AttarFolder, architecture: Architecture) -> nn.Module:
         raise ModelError(
             f"{folder.path} was made from code of your own, which is not run just because a folder "
             "names it.",
-            hint=f"name the code: --factory {architecture.config.get('factory', 'package.module:name')}",
+            hint="name the code: --factory "
+            + str(architecture.config.get("factory", "package.module:name")),
         )
     return build_empty(architecture)
 
@@ -154,18 +159,32 @@ def _description(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}/attar.json is not readable JSON.", hint=_HINT) from error
     if not isinstance(description, dict) or description.get("attar") != VERSION:
-        raise ModelError(f"{path}/attar.json is not a description that this Attar reads.",
-                         hint="it may come from a newer Attar: pip install --upgrade attar")
-    kinds = {"builder": str, "config": dict, "task": str, "units": dict, "examples": dict,
-             "origin": str, "licence": str, "source_bytes": int}
+        raise ModelError(
+            f"{path}/attar.json is not a description that this Attar reads.",
+            hint="it may come from a newer Attar: pip install --upgrade attar",
+        )
+    kinds = {
+        "builder": str,
+        "config": dict,
+        "task": str,
+        "units": dict,
+        "examples": dict,
+        "origin": str,
+        "licence": str,
+        "source_bytes": int,
+    }
     for key, kind in kinds.items():
         if not isinstance(description.get(key), kind):
             raise ModelError(f"{path}/attar.json has no usable {key!r}.", hint=_HINT)
     if description["task"] not in TASKS:
-        raise ModelError(f"{path}/attar.json asks for the task {description['task']!r}.", hint=_HINT)
+        raise ModelError(
+            f"{path}/attar.json asks for the task {description['task']!r}.", hint=_HINT
+        )
     for name, line in description["units"].items():
         shape = line.get("shape") if isinstance(line, dict) else None
-        good = isinstance(shape, list) and shape and all(isinstance(s, int) and s > 0 for s in shape)
+        good = (
+            isinstance(shape, list) and shape and all(isinstance(s, int) and s > 0 for s in shape)
+        )
         if not good or not isinstance(line.get("treatment"), str):
             raise ModelError(f"{path}/attar.json describes the unit {name!r} wrongly.", hint=_HINT)
     return description

@@ -47,7 +47,9 @@ def list_units(model: Model) -> Units:
     return Units(tuple(units), tuple(leftovers))
 
 
-def _watch_calls(module: nn.Module, examples: Batch, model: Model) -> dict[str, list[tuple[Call, int]]]:
+def _watch_calls(
+    module: nn.Module, examples: Batch, model: Model
+) -> dict[str, list[tuple[Call, int]]]:
     """Run once; return for each weight, in order of first call, its calls with their MACs."""
     calls: dict[str, list[tuple[Call, int]]] = defaultdict(list)
     samples = len(next(iter(examples.values())))

@@ -1,0 +1,1 @@
+"""plan: candidates, budget → one candidate per unit."""

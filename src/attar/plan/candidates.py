@@ -22,6 +22,8 @@ TREATED_WEIGHTS = 8_000_000
 def menu(unit: Unit) -> list[Treatment]:
     """List the treatments worth pricing for a unit: two families, and leaving it in 16 bits."""
     sizes = group_sizes(unit.columns)
+    if unit.n_weights > TREATED_WEIGHTS:  # one setting of such a weight takes seconds
+        sizes = sizes[-1:]
     quantized: list[Treatment] = [
         ("quantize_feedback", {"bits": bits, "group_size": size})
         for bits in (2, 3, 4)

@@ -79,8 +79,10 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
     for name, value in given.items():
         good = isinstance(value, int) if name in numbers else isinstance(value, str)
         if name not in known or not good or isinstance(value, bool):
-            raise PlanError(f"the plan's recipe has {name!r}: {value!r}, which cannot be used.",
-                            hint="undo the last edit, or make the plan again with attar plan.")
+            raise PlanError(
+                f"the plan's recipe has {name!r}: {value!r}, which cannot be used.",
+                hint="undo the last edit, or make the plan again with attar plan.",
+            )
     keep = tuple(_field(content, "keep", list))
     if not all(isinstance(pattern, str) for pattern in keep):
         raise PlanError(
@@ -95,7 +97,7 @@ def plan_to_yaml(plan: Plan) -> str:
     content = plan_to_dict(plan)
     units = content.pop("units")
     rounds = content.pop("rounds")
-    text = HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text: str = HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     text += _lines("rounds", [f"- {_flow(r)}" for r in rounds], "[]")
     return text + _lines("units", [f"  {_flow(n)}: {_flow(u)}" for n, u in units.items()], "{}")
 
@@ -105,7 +107,7 @@ def _lines(key: str, lines: list[str], empty: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -137,13 +139,17 @@ def read_plan(
     for name in named:
         if name not in names:
             near = get_close_matches(str(name), names, n=1, cutoff=0.0)
-            raise PlanError(f"the plan names {name!r}, which the model does not have.",
-                            hint=f"did you mean {near[0]!r}?")
+            raise PlanError(
+                f"the plan names {name!r}, which the model does not have.",
+                hint=f"did you mean {near[0]!r}?",
+            )
     choices = {}
     for unit in units:
         if unit.name not in named:
-            raise PlanError(f"the plan has no line for {unit.name!r}.",
-                            hint="give it one: {treatment: keep_float, bits: 16} leaves it as it is.")
+            raise PlanError(
+                f"the plan has no line for {unit.name!r}.",
+                hint="give it one: {treatment: keep_float, bits: 16} leaves it as it is.",
+            )
         choices[unit.name] = _choice(unit.name, named[unit.name], units, build)
     budget = Budget(_field(content, "weight_bytes", int), recipe.keep)
     plan = Plan(
@@ -184,15 +190,19 @@ def _choice(
     build: Callable[[str, Mapping[str, Any]], Transform],
 ) -> Candidate:
     if not isinstance(line, dict) or not isinstance(line.get("treatment"), str):
-        raise PlanError(f"the line of {name!r} has no treatment.",
-                        hint="write {treatment: quantize_feedback, bits: 4, group_size: 64}.")
+        raise PlanError(
+            f"the line of {name!r} has no treatment.",
+            hint="write {treatment: quantize_feedback, bits: 4, group_size: 64}.",
+        )
     settings = {k: v for k, v in line.items() if k not in ("treatment", "bytes", "nats")}
     transform = build(line["treatment"], settings)
     unit = units.named(name)
     reason = transform.rejects(unit)
     if reason:
-        raise PlanError(f"{name!r} cannot have {line['treatment']}: it {reason}.",
-                        hint="choose other settings, or {treatment: keep_float, bits: 16}.")
+        raise PlanError(
+            f"{name!r} cannot have {line['treatment']}: it {reason}.",
+            hint="choose other settings, or {treatment: keep_float, bits: 16}.",
+        )
     nats = line.get("nats", 0.0)
     damage = float(nats) if isinstance(nats, int | float) else 0.0
     return Candidate(name, line["treatment"], settings, transform.cost(unit), damage)
@@ -209,22 +219,30 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             )
         content = yaml.safe_load(text)
     except OSError as error:
-        raise PlanError(f"cannot read {path}: {error.strerror}.",
-                        hint="make one with: attar plan MODEL --size 60MB --out plan.yaml") from error
+        raise PlanError(
+            f"cannot read {path}: {error.strerror}.",
+            hint="make one with: attar plan MODEL --size 60MB --out plan.yaml",
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
-        raise PlanError(f"{path} is not readable YAML{place}.",
-                        hint="undo the last edit, or make the plan again with attar plan.") from error
+        raise PlanError(
+            f"{path} is not readable YAML{place}.",
+            hint="undo the last edit, or make the plan again with attar plan.",
+        ) from error
     if not isinstance(content, dict) or content.get("attar_plan") != VERSION:
-        raise PlanError(f"{path} is not an Attar plan (no attar_plan: {VERSION}).",
-                        hint="make one with: attar plan MODEL --size 60MB --out plan.yaml")
+        raise PlanError(
+            f"{path} is not an Attar plan (no attar_plan: {VERSION}).",
+            hint="make one with: attar plan MODEL --size 60MB --out plan.yaml",
+        )
     return content
 
 
 def _field(content: Mapping[str, Any], key: str, kind: type) -> Any:
     value = content.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise PlanError(f"the plan's {key!r} is {value!r}, which is not a {kind.__name__}.",
-                        hint="undo the last edit, or make the plan again with attar plan.")
+        raise PlanError(
+            f"the plan's {key!r} is {value!r}, which is not a {kind.__name__}.",
+            hint="undo the last edit, or make the plan again with attar plan.",
+        )
     return value

@@ -5,9 +5,9 @@ other and moving the error of each onto the columns not yet rounded.
 
 Source: Frantar et al. 2023, GPTQ, https://arxiv.org/abs/2210.17323, eq. 2 and algorithm 1.
 We differ in four ways. Columns are rounded in order of falling C[i, i], so that the dearest round
-while there are most left to make good for them. The ranges of all groups are fixed beforehand on the
-original weight and searched for the least weighted error (`groups.find_scales`), so that the order
-does not change what is stored. C may be one matrix per group of rows (convolutions). Several
+while there are most left to make good for them. The ranges of all groups are fixed beforehand on
+the original weight and searched for the least weighted error (`groups.find_scales`), so that the
+order does not change what is stored. C may be one matrix per group of rows (convolutions). Several
 settings are rounded in one pass over the columns.
 """
 
@@ -156,12 +156,13 @@ def feedback_factor(
     """
     damped = moment.double()
     mean = damped.diagonal(dim1=1, dim2=2).mean(1)
-    # A group that never saw an input has a moment of zeros: nothing to feed back, any scale will do.
+    # A group that never saw an input has a moment of zeros: there is nothing to feed back.
     ridge = torch.where(mean > 0, DAMPING_FRACTION * mean, torch.ones_like(mean))
     damped = damped + torch.diag_embed(ridge[:, None].expand(damped.shape[:2]))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    return (upper / upper.diagonal(dim1=1, dim2=2)[..., None]).float()
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = upper / upper.diagonal(dim1=1, dim2=2)[..., None]
+    return factor.float()
 
 
 def round_with_feedback(
@@ -169,7 +170,7 @@ def round_with_feedback(
     feedback: Float[Tensor, "groups columns columns"],
     scale: Float[Tensor, "settings groups rows columns"],
     zero_point: Float[Tensor, "settings groups rows columns"],
-    top: Float[Tensor, "settings"],
+    top: Float[Tensor, settings],
 ) -> UInt8[Tensor, "settings groups rows columns"]:
     """Round column after column, moving each error onto the columns to its right.
 

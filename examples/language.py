@@ -43,7 +43,7 @@ def trained_llama() -> LlamaForCausalLM:
     )
     module = LlamaForCausalLM(config)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-    for step in range(150):
+    for step in range(100):
         tokens = sequences(16, seed=step)
         logits = module(tokens, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     """Compress, read back, and compare."""
     torch.manual_seed(0)
     llama = trained_llama()
-    tokens = sequences(70, seed=1000)
+    tokens = sequences(40, seed=1000)
     model = attar.load(llama, examples=tokens[:2])
     report = attar.compress(model, size="3.2bits", data=tokens, out=folder, force=True)
     verdict = report.verdict

@@ -48,7 +48,7 @@ def train(module: nn.Module) -> nn.Module:
 def main(folder: Path) -> None:
     """Go through the verbs one by one, then write the model and read it back."""
     torch.manual_seed(0)
-    inputs, _ = samples(500, seed=1000)
+    inputs, _ = samples(300, seed=1000)
     model = attar.load(train(network()), examples={"inputs": inputs[:2]}, task="classify")
 
     scores = attar.explain(model, inputs)

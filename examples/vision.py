@@ -62,7 +62,7 @@ def train(module: nn.Module) -> nn.Module:
 def main(page: str) -> None:
     """Say who depends on what, compress, and try the small network on new pictures."""
     torch.manual_seed(0)
-    inputs, answers = pictures(240, seed=1000)
+    inputs, answers = pictures(160, seed=1000)
     model = attar.load(train(network()), examples={"inputs": inputs[:2]}, task="classify")
 
     labels = [SHAPES[answer] for answer in answers]

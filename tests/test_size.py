@@ -37,7 +37,21 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "small", "MB", "-60MB", "6e7", "60 M B", "60MB!", "60,5MB", "1.MB", "nan", "inf", "٣MB%"],
+    [
+        "",
+        " ",
+        "small",
+        "MB",
+        "-60MB",
+        "6e7",
+        "60 M B",
+        "60MB!",
+        "60,5MB",
+        "1.MB",
+        "nan",
+        "inf",
+        "٣MB%",
+    ],
 )
 def test_what_is_no_size_is_refused_with_examples(text):
     with pytest.raises(BudgetError, match="cannot read the size") as error:

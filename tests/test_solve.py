@@ -61,7 +61,9 @@ def test_a_budget_below_the_smallest_plan_is_refused_with_its_size(units, missin
     least = weight_bytes(smallest(candidates))
     with pytest.raises(BudgetError) as error:
         solve(candidates, least - missing)
-    assert f"{least:,} bytes" in error.value.problem and f"{least - missing:,}" in error.value.problem
+    assert (
+        f"{least:,} bytes" in error.value.problem and f"{least - missing:,}" in error.value.problem
+    )
     assert "--size" in error.value.hint
 
 
@@ -87,7 +89,7 @@ def test_the_same_problem_has_the_same_plan_twice():
 
 
 def test_prices_far_apart_do_not_hide_each_other():
-    """Real prices lie between 1e-7 and 1 nat; the small ones count once the large ones are spent."""
+    """Real prices lie between 1e-7 and 1 nat; small ones count once the large ones are spent."""
     candidates = problem([(10, 1.0), (20, 1e-3)], [(10, 1e-6), (20, 1e-8)])
     assert damage(solve(candidates, 40)) == pytest.approx(1e-3 + 1e-8, rel=1e-9)
 
@@ -96,7 +98,9 @@ def test_prices_of_nothing_are_solved():
     assert damage(solve(problem([(5, 0.0)], [(5, 0.0), (9, 0.0)]), 10)) == 0.0
 
 
-@given(options=st.lists(st.tuples(st.integers(1, 30), st.floats(0.0, 3.0)), min_size=1, max_size=12))
+@given(
+    options=st.lists(st.tuples(st.integers(1, 30), st.floats(0.0, 3.0)), min_size=1, max_size=12)
+)
 @settings(derandomize=True, max_examples=80, deadline=None)
 def test_usable_candidates_are_those_that_no_other_beats(options):
     given = [candidate("u", size, nats) for size, nats in options]

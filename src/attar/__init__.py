@@ -4,6 +4,7 @@ The public names are those of `attar.library`. They are looked up when first use
 `attar --help` needs no torch.
 """
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from attar.errors import AttarError as AttarError
     from attar.library import apply as apply
     from attar.library import compress as compress
+
+# Threads of torch that wait by spinning fight with every other process for the cores: on a busy
+# machine a run takes many times longer. Read when torch is loaded, so it is set here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = ["AttarError", "apply", "audit", "compress", "explain", "load", "plan"]
 

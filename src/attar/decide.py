@@ -30,8 +30,10 @@ from attar.transform.apply import (
     substitutions,
 )
 
-# Share of the calibration data on which A and G are estimated again at the compressed point.
-REESTIMATED_SHARE = 0.25
+# Share of the calibration data on which changes are priced again at the compressed point: a
+# sequence has hundreds of predictions, a picture has one.
+REPRICED_SHARE_OF_SEQUENCES = 0.125
+REPRICED_SHARE = 0.5
 # Tries to make the folder fit once its exact bytes are known; the second has always been enough.
 FITTING_TRIES = 4
 # Below this many nats the ratio of measured to predicted damage is noise.
@@ -155,11 +157,15 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
             f"the written folder would be {over:,} bytes over its budget.",
             hint=f"raise weight_bytes in the plan to {decided.plan.weight_bytes}.",
         )
-    done = _measured(session, decided, 1.0)
-    return replace(
-        decided,
-        plan=replace(decided.plan, predicted_damage=done.predicted_damage, rounds=(done,)),
-    )
+    # Nats written in the file are not believed: an edited treatment left its old price there.
+    choices = {
+        applied.unit: replace(made.choices[applied.unit], predicted_damage=applied.predicted_damage)
+        for applied in decided.receipt.applied
+    }
+    predicted = sum(applied.predicted_damage for applied in decided.receipt.applied)
+    priced = replace(decided.plan, choices=choices, predicted_damage=predicted)
+    decided = replace(decided, plan=priced)
+    return replace(decided, plan=replace(priced, rounds=(_measured(session, decided, 1.0),)))
 
 
 def _fit(
@@ -276,7 +282,8 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
     curvature, so each price becomes the mean of the two.
     """
     with session.timed("price again"):
-        probed = session.probe(decided.treated, REESTIMATED_SHARE)
+        share = REPRICED_SHARE_OF_SEQUENCES if session.predicts_everywhere else REPRICED_SHARE
+        probed = session.probe(decided.treated, share)
     scaled = {}
     for unit in session.units:
         here = decided.plan.choices[unit.name].predicted_damage or 0.0

@@ -30,7 +30,7 @@ class Divergence:
         self,
         original: Float[Tensor, "predictions width"],
         compressed: Float[Tensor, "predictions width"],
-    ) -> Float[Tensor, predictions]:
+    ) -> Float[Tensor, " predictions"]:
         """Nats per prediction, ≥ 0 up to rounding."""
         if self.family == "gaussian":
             assert self.whitening is not None

@@ -479,10 +479,10 @@ class Changed:
 
 @dataclass(frozen=True)
 class GroupClaim:
-    """Predicted against measured damage of one group of units restored to the original.
+    """Predicted against measured damage of one group of units, all others left original.
 
     Attributes:
-        predicted_damage: Sum of the group's prices, corrected, nats per prediction.
+        predicted_damage: Sum of the group's prices, nats per prediction.
         measured_damage: Divergence with only this group compressed.
     """
 

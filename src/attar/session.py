@@ -25,7 +25,7 @@ from attar.explain.statistics import gather_statistics
 from attar.load.data import DataSizes, load_data
 from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
-from attar.load.model import load_model
+from attar.load.model import is_factory, load_model
 from attar.load.units import list_units
 from attar.plan.size import parse_size
 from attar.records import (
@@ -109,7 +109,10 @@ class Session:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(threads) as pool:
+            # OpenMP counts threads for each thread that asks, so each worker must be told.
+            with ThreadPoolExecutor(
+                threads, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
                 yield from pool.map(work, self.units)
         finally:
             torch.set_num_threads(threads)
@@ -261,6 +264,11 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
     if module is not None:
         return load_model(module, examples=examples, task=recipe.task)
     path = Path(recipe.model)
+    if recipe.degrid is not None and (is_attar_folder(path) or is_factory(recipe.model)):
+        raise ModelError(
+            f"--degrid rescales language models, and {recipe.model} cannot be rescaled.",
+            hint="leave --degrid out.",
+        )
     if is_attar_folder(path):
         code = load_model(recipe.factory, task=recipe.task).module if recipe.factory else None
         return load_folder(read_folder(path, build_transform), code)

@@ -87,7 +87,7 @@ def token_products(
     tokens: Int[Tensor, "samples positions"],
     products: Float[Tensor, "samples positions"],
     n_tokens: int,
-) -> Float[Tensor, n_tokens]:
+) -> Float[Tensor, " n_tokens"]:
     """Sum over samples of (sum over a token's positions of g·y) squared."""
     total = torch.zeros(n_tokens)
     for sample_tokens, sample_products in zip(tokens, products, strict=True):
@@ -110,8 +110,8 @@ def head_products(
 
 
 def token_frequency(
-    counts: Float[Tensor, n_tokens], answers: Float[Tensor, n_tokens] | None
-) -> Float[Tensor, n_tokens]:
+    counts: Float[Tensor, " n_tokens"], answers: Float[Tensor, " width"] | None
+) -> Float[Tensor, " n_tokens"]:
     """Estimate how often each token is met: half what was counted, half what the model expects.
 
     A token never counted still has a frequency, because the model gives it some probability;

@@ -10,7 +10,7 @@ https://arxiv.org/abs/1412.1193, section 6).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from attar.explain.statistics import ALL
 from attar.records import Curvature, Model, Scores, Statistics, Units
+
+
+ROWS_AT_ONCE = 4096
 
 
 def damage(
@@ -47,9 +50,19 @@ def row_damage(
     total = torch.zeros(len(change))
     for curvature in curvatures:
         columns = curvature.second if held_out else curvature.columns
+        if curvature.rows.dim() == 1 and columns.dim() == 3 and len(columns) == 1:
+            # Rows do not depend on each other: a few at a time need little memory.
+            for rows in _slices(len(change)):
+                through = (change[rows] @ columns[0]).mul_(change[rows])
+                total[rows] += 0.5 * curvature.rows[rows] * through.sum(1)
+            continue
         through = _times_columns(change, columns)
         total += 0.5 * (_times_rows(curvature.rows, through) * change).sum(1)
     return total
+
+
+def _slices(n_rows: int) -> Iterator[slice]:
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, n_rows, ROWS_AT_ONCE))
 
 
 def _times_columns(change: Tensor, columns: Tensor) -> Tensor:

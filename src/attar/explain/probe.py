@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
-from attar.explain.statistics import pieces
+from attar.explain.statistics import pieces, tracked
 from attar.records import Batch, Model, Progress
 from attar.sites import Call, watched
 
@@ -79,7 +79,7 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         if name not in changes:
             return output
         if not output.requires_grad:
-            output.requires_grad_()
+            output = tracked(output)
         with torch.no_grad():
             plain = {k: v for k, v in call.arguments.items() if k != "bias"}
             moved = call.function(**{**plain, "weight": changes[name]()})

@@ -30,7 +30,9 @@ FULL_COLUMNS_LIMIT = 5000
 # R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
 # together between rows, so what lies off the diagonal hardly changes a price.
 FULL_ROWS_LIMIT = 1024
-SAMPLES_AT_ONCE = 4
+# Samples of one backward pass, by task: what it keeps for the way back is most of the memory.
+SAMPLES_AT_ONCE = {"language": 1, "transcribe": 1, "classify": 2}
+SAMPLES_AT_ONCE_OTHERWISE = 8
 ALL = ""  # the slice that holds every sample
 
 
@@ -94,12 +96,17 @@ def gather_statistics(
     return gatherer.result()
 
 
+def samples_at_once(task: str) -> int:
+    """Samples of one forward and backward pass."""
+    return SAMPLES_AT_ONCE.get(task, SAMPLES_AT_ONCE_OTHERWISE)
+
+
 def pieces(
     batch: Batch, labels: Sequence[str], model: Model
 ) -> Iterator[tuple[Batch, Sequence[str]]]:
     """Cut a batch so that one backward pass stays small: one sequence, or a few other samples."""
     samples = len(next(iter(batch.values())))
-    step = 1 if model.task.name in ("language", "transcribe") else SAMPLES_AT_ONCE
+    step = samples_at_once(model.task.name)
     for start in range(0, samples, step):
         piece = {name: tensor[start : start + step] for name, tensor in batch.items()}
         yield piece, labels[start : start + step]
@@ -184,10 +191,12 @@ class _Gatherer:
         if unit is None:
             return output
         if not output.requires_grad:
-            output.requires_grad_()
+            output = tracked(output)
         use = self._use(unit, call)
-        # An in-place activation may follow a convolution and overwrite its output.
-        value = output.detach().clone() if call.operation == "convolution" else output.detach()
+        # An in-place operation may follow and overwrite the output. Language models have none, and
+        # their outputs are most of the memory.
+        in_place = self._model.task.name != "language"
+        value = output.detach().clone() if in_place else output.detach()
         self._last = (use, value)
         if call.operation == "embedding":
             # Positions, say, are looked up once for all samples: then there is one row of them.
@@ -213,7 +222,8 @@ class _Gatherer:
     def _add_inputs(self, use: _Use, call: Call) -> None:
         """Add to A; weights that read the very same input (q, k and v, say) share one."""
         last = self._last_input
-        if call.operation == "linear" and last is not None and last[0] is call.input:
+        shared = last is not None and last[0] is call.input and last[1].operation == "linear"
+        if call.operation == "linear" and last is not None and shared:
             use.halves, use.positions = last[1].halves, last[1].positions
             return
         x = moments.inputs_of(call, self._n_samples, moments.POSITIONS_AT_MOST).detach()
@@ -357,6 +367,14 @@ def curvature_shapes(unit: Unit, operation: str) -> tuple[tuple[int, ...], tuple
         return (unit.rows,), side(1, unit.columns, FULL_COLUMNS_LIMIT)
     rows = side(unit.groups, unit.rows // unit.groups, FULL_ROWS_LIMIT)
     return rows, side(unit.groups, unit.columns, FULL_COLUMNS_LIMIT)
+
+
+def tracked(output: Tensor) -> Tensor:
+    """Start the graph at a tensor nothing before it needs gradients for.
+
+    The copy is not a leaf, so that the model may go on to change it in place.
+    """
+    return output.detach().requires_grad_().clone()
 
 
 def statistics_bytes(units: Units) -> int:

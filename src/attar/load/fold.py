@@ -69,7 +69,7 @@ def fold_batch_norm(
         forward: How the module is called, `task.forward`.
 
     Returns:
-        module: The copy; folded norms are `nn.Identity`.
+        module: The copy, folded norms `nn.Identity`; the module itself where it has no norm.
         folded: Pairs "convolution+norm", for `fold_again`.
         reasons: A line for each norm that stays.
     """
@@ -78,10 +78,10 @@ def fold_batch_norm(
             "batch norms cannot be folded while the module is in training mode.",
             hint="call module.eval() first",
         )
+    norms = [name for name, one in module.named_modules() if isinstance(one, NORMS)]
+    if not norms:  # nothing will change, and a copy of a language model is gigabytes
+        return module, (), ()
     folding = copy.deepcopy(module)
-    norms = [name for name, one in folding.named_modules() if isinstance(one, NORMS)]
-    if not norms:
-        return folding, (), ()
     pairs, reasons = _find_pairs(folding)
     seen = _watch(folding, examples, forward, pairs)
     folded = []

@@ -67,7 +67,7 @@ def _watch_calls(
 
     with torch.no_grad(), watched(module, visit):
         model.task.forward(module, examples)
-    return {name: found for name, found in calls.items() if name.endswith("weight")}
+    return {name: found for name, found in calls.items() if name.endswith(".weight")}
 
 
 def _aliases(module: nn.Module) -> dict[int, list[str]]:
@@ -124,4 +124,7 @@ def _heads(name: str, weight: Tensor, module: nn.Module) -> int:
 def _reason(parameter: Tensor) -> str:
     if parameter.dim() < 2:
         return "is a vector (bias or norm): few bytes, stored in 16 bits where that is exact enough"
-    return "is not read by a linear map, a convolution or an embedding call"
+    return (
+        "is not the `weight` of a layer that a plain linear, convolution or embedding call reads "
+        "(torch's fused attention, for one, reads its weights inside)"
+    )

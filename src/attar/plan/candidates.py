@@ -16,7 +16,7 @@ KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
 # Weights treated at once, all settings together: each takes a few times its float32 size.
-TREATED_WEIGHTS = 8_000_000
+TREATED_WEIGHTS = 4_000_000
 
 
 def menu(unit: Unit) -> list[Treatment]:

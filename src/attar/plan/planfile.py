@@ -74,7 +74,8 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
     """
     given = _field(content, "recipe", dict)
     unset = Recipe(model="")
-    known = {field.name: getattr(unset, field.name) for field in fields(Recipe)}
+    elsewhere = ("model", "keep", "accept_licence")
+    known = {field.name for field in fields(unset)} - {*elsewhere}
     numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds", "threads")
     for name, value in given.items():
         good = isinstance(value, int) if name in numbers else isinstance(value, str)

@@ -1,5 +1,6 @@
 """Sizes as people write them: `60MB`, `64MiB`, `25%`, `3.1bits`."""
 
+import math
 import re
 
 from attar.errors import BudgetError
@@ -39,6 +40,8 @@ def parse_size(text: str, *, bytes_at_16_bits: int, n_parameters: int) -> int:
         size = number * _UNITS[unit]
     else:
         raise BudgetError(f"cannot read the unit {found[2]!r} of the size {text!r}.", hint=_HINT)
+    if not math.isfinite(size):
+        raise BudgetError(f"the size {text!r} is not a number of bytes.", hint=_HINT)
     if int(size) < 1:
         raise BudgetError(f"the size {text!r} is no bytes at all.", hint=_HINT)
     return int(size)

@@ -170,7 +170,7 @@ def round_with_feedback(
     feedback: Float[Tensor, "groups columns columns"],
     scale: Float[Tensor, "settings groups rows columns"],
     zero_point: Float[Tensor, "settings groups rows columns"],
-    top: Float[Tensor, settings],
+    top: Float[Tensor, " settings"],
 ) -> UInt8[Tensor, "settings groups rows columns"]:
     """Round column after column, moving each error onto the columns to its right.
 

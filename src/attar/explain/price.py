@@ -19,7 +19,6 @@ from torch import Tensor
 from attar.explain.statistics import ALL
 from attar.records import Curvature, Model, Scores, Statistics, Units
 
-
 ROWS_AT_ONCE = 4096
 
 

@@ -99,7 +99,7 @@ def test_damage_grows_with_the_square_and_no_change_costs_nothing():
 @pytest.fixture
 def many_at_once(monkeypatch):
     """Backward passes over many samples: more gradients in less time."""
-    monkeypatch.setattr(gathering, "SAMPLES_AT_ONCE", 500)
+    monkeypatch.setattr(gathering, "samples_at_once", lambda _task: 500)
 
 
 def gathered(module, x, divergence, task, draws):

@@ -29,6 +29,13 @@ class Fixed(Divergence):
 FIXED = Fixed("categorical")
 
 
+@pytest.fixture(autouse=True)
+def pieces_of_four(monkeypatch):
+    """The halves below are counted for pieces of this size."""
+    sizes = {"language": 1, "transcribe": 1}
+    monkeypatch.setattr(statistics, "samples_at_once", lambda task: sizes.get(task, 4))
+
+
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

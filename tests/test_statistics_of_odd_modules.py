@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_statistics import gather, random
+from test_statistics import gather, pieces_of_four, random  # noqa: F401
 from torch import nn
+
+from attar.errors import ModelError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -91,8 +93,14 @@ class OwnParameter(nn.Module):
         return F.linear(self.layer(x), self.out_weight)
 
 
-@pytest.mark.parametrize("module", [OwnParameter, lambda: nn.Linear(3, 4)], ids=["own", "linear"])
-def test_a_weight_that_belongs_to_no_layer_is_priced_or_left_with_a_reason(module):
-    units, found = gather(module(), [{"inputs": random(5, 3)}])
-    assert all(unit.name in found.curvatures for unit in units)
-    assert all(len(found.curvatures[unit.name]) == len(unit.uses) for unit in units)
+def test_a_weight_that_belongs_to_no_layer_is_left_with_a_reason():
+    module = OwnParameter()
+    units, found = gather(module, [{"inputs": random(5, 3)}])
+    assert [unit.name for unit in units] == ["layer"] == list(found.curvatures)
+    assert any(left.name == "out_weight" and left.reason for left in units.leftovers)
+
+
+def test_a_single_layer_is_refused_with_what_to_do():
+    with pytest.raises(ModelError) as found:
+        gather(nn.Linear(3, 4), [{"inputs": random(5, 3)}])
+    assert "Sequential" in found.value.hint

@@ -111,8 +111,8 @@ def test_every_number_of_the_model_is_in_a_unit_or_left_with_a_reason():
     assert covered == set(module.state_dict())
     reasons = {left.name: left.reason for left in units.leftovers}
     assert "vector" in reasons["norm.weight"] and "buffer" in reasons["norm.running_mean"]
-    assert "buffer" in reasons["shift"] and "not read" in reasons["scale"]
-    assert "not read" in reasons["unread.weight"]
+    assert "buffer" in reasons["shift"] and "is not the `weight`" in reasons["scale"]
+    assert "is not the `weight`" in reasons["unread.weight"]
 
 
 def test_a_model_without_weights_to_decide_about_is_refused():

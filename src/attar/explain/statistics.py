@@ -30,9 +30,9 @@ FULL_COLUMNS_LIMIT = 5000
 # R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
 # together between rows, so what lies off the diagonal hardly changes a price.
 FULL_ROWS_LIMIT = 1024
-# Samples of one backward pass, by task: what it keeps for the way back is most of the memory.
+# Samples of one backward pass, which keeps much for the way back.
 SAMPLES_AT_ONCE = {"language": 1, "transcribe": 1, "classify": 2}
-SAMPLES_AT_ONCE_OTHERWISE = 8
+SAMPLES_AT_ONCE_OTHERWISE = 4
 ALL = ""  # the slice that holds every sample
 
 
@@ -193,8 +193,7 @@ class _Gatherer:
         if not output.requires_grad:
             output = tracked(output)
         use = self._use(unit, call)
-        # An in-place operation may follow and overwrite the output. Language models have none, and
-        # their outputs are most of the memory.
+        # An in-place operation may overwrite the output; language models have none, and no room.
         in_place = self._model.task.name != "language"
         value = output.detach().clone() if in_place else output.detach()
         self._last = (use, value)
@@ -222,8 +221,8 @@ class _Gatherer:
     def _add_inputs(self, use: _Use, call: Call) -> None:
         """Add to A; weights that read the very same input (q, k and v, say) share one."""
         last = self._last_input
-        shared = last is not None and last[0] is call.input and last[1].operation == "linear"
-        if call.operation == "linear" and last is not None and shared:
+        linear = last is not None and call.operation == last[1].operation == "linear"
+        if linear and last is not None and last[0] is call.input:
             use.halves, use.positions = last[1].halves, last[1].positions
             return
         x = moments.inputs_of(call, self._n_samples, moments.POSITIONS_AT_MOST).detach()

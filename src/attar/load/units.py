@@ -42,7 +42,7 @@ def list_units(model: Model) -> Units:
     if not units:
         raise ModelError(
             f"{model.name} has no weight that a linear map, a convolution or an embedding reads.",
-            hint="give a torch.nn.Module with such layers; wrap a single one in torch.nn.Sequential.",
+            hint="give a module with such layers; wrap a single one in torch.nn.Sequential.",
         )
     return Units(tuple(units), tuple(leftovers))
 

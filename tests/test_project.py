@@ -196,7 +196,7 @@ def checks(function, helpers):
     return False
 
 
-PRIVATE = re.compile(r"/work/|/tmp/w/|/root/|shared/")
+PRIVATE = re.compile(r"/w[o]rk/|/t[m]p/|/r[o]ot/|shared/")
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,10 @@ class Finished:
     output: str
 
 
-def compress(out: Path, arguments: Sequence[str], threads: int | None = None) -> Finished:
+def compress(out: Path, arguments: Sequence[str]) -> Finished:
     """Compress to `out`, replacing nothing; it holds report/report.json afterwards."""
     command = [*ATTAR, "compress", *arguments, "--out", str(out)]
-    return run(command, out.with_suffix(".log"), threads, allowed=JUDGED)
+    return run(command, out.with_suffix(".log"), allowed=JUDGED)
 
 
 def report_of(out: Path) -> Mapping[str, Any]:
@@ -47,20 +47,15 @@ def report_of(out: Path) -> Mapping[str, Any]:
     return facts
 
 
-def run(
-    command: Sequence[str], log: Path, threads: int | None = None, allowed: Sequence[int] = (0,)
-) -> Finished:
+def run(command: Sequence[str], log: Path, allowed: Sequence[int] = (0,)) -> Finished:
     """Run a command to its end; what it prints goes to `log`.
 
     Raises:
         SystemExit: It ended with an exit code that is not allowed; its last lines are shown.
     """
-    environment = dict(os.environ)
-    if threads is not None:
-        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     start = time.perf_counter()
     with log.open("wb") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)

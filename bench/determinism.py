@@ -41,7 +41,7 @@ def measure(options: Options) -> Iterator[Row]:
         with TemporaryDirectory() as folder:
             for number_of_run, threads in enumerate(THREADS):
                 out = Path(folder) / f"run{number_of_run}"
-                done = compress(out, arguments, threads)
+                done = compress(out, (*arguments, "--threads", str(threads)))
                 first = first or out
                 yield {
                     "model": name,

@@ -86,7 +86,6 @@ def provenance(name, size):
         "python": "3.11.7",
         "torch": "2.13.0+cpu",
         "seed": 0,
-        "threads": 2,
         "hardware": "2 cores, 24 GiB",
         "command": f"attar compress {name} --size {size} --out out/{name}",
         "data": "512 sequences of 128 tokens the model wrote itself (seed 0), pydoc_data of Python",

@@ -129,18 +129,28 @@ def test_a_price_is_never_below_zero():
     assert found.predicted_damage == 0.0
 
 
-def test_a_large_weight_is_treated_a_few_settings_at_a_time(monkeypatch):
-    monkeypatch.setattr(menus, "TREATED_WEIGHTS", 100)
-    at_once = []
+def test_treatments_are_priced_as_they_are_made():
+    """So that the results of a large weight are never all in memory."""
+    happened = []
 
     def treat(u, transforms):
-        at_once.append(len(transforms))
-        return whole(u, transforms)
+        for made in whole(u, transforms):
+            happened.append("made")
+            yield made
+
+    def price(*_):
+        happened.append("priced")
+        return 1.0
 
     treatments = menus.menu(unit(8))
-    found = priced(Units((unit(8),), ()), treatments, treat, lambda *_: 1.0)["a.b"]
-    assert max(at_once) == 2 and sum(at_once) == len(treatments)  # 48 weights each
+    found = priced(Units((unit(8),), ()), treatments, treat, price)["a.b"]
+    assert happened == ["made", "priced"] * len(treatments)
     assert [(c.treatment, c.settings) for c in found] == treatments
+
+
+def test_settings_of_one_group_size_are_neighbours_on_the_menu():
+    sizes = [s["group_size"] for name, s in menus.menu(unit(256)) if name == "quantize_feedback"]
+    assert len(set(sizes)) > 1 and sizes == sorted(sizes, key=sizes.index)
 
 
 def test_the_menu_names_only_what_is_in_the_table():

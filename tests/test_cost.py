@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from attar.cost import fp16_bytes, leftover_bytes, leftover_dtype, total_macs, unit_cost
+from attar.cost import fp16_bytes, leftover_dtype, total_macs, unit_cost
 from attar.errors import PlanError
 from attar.records import Cost, Leftover, Unit
 
@@ -61,23 +61,27 @@ def test_everything_counts_two_bytes():
     ],
 )
 def test_float16_only_where_every_value_comes_back(values, dtype):
-    assert leftover_dtype(torch.tensor(values)) == dtype
+    assert leftover_dtype("norm.weight", torch.tensor(values)) == dtype
 
 
 def test_integers_stay_what_they_are():
-    assert leftover_dtype(torch.tensor([1, 2])) == torch.int64
-    assert leftover_dtype(torch.tensor([True])) == torch.bool
+    assert leftover_dtype("norm.weight", torch.tensor([1, 2])) == torch.int64
+    assert leftover_dtype("norm.weight", torch.tensor([True])) == torch.bool
 
 
 def test_every_float16_number_of_normal_size_is_kept_within_tolerance():
     generator = torch.Generator().manual_seed(0)
     tensor = torch.exp(torch.empty(10_000).uniform_(-9, 11, generator=generator))
-    assert leftover_dtype(tensor) == torch.float16
+    assert leftover_dtype("norm.weight", tensor) == torch.float16
     error = (tensor.half().double() - tensor.double()).abs() / tensor.double()
     assert error.max() <= 2.0**-10
 
 
-def test_leftover_bytes_are_those_of_the_stored_tensors():
-    tensors = [torch.ones(7), torch.tensor([1e9, 1.0]), torch.tensor(3), torch.ones(2, 3).half()]
-    stored = sum(tensor.to(leftover_dtype(tensor)).nbytes for tensor in tensors)
-    assert leftover_bytes(tensors) == stored == 14 + 8 + 8 + 12
+def test_a_tiny_value_of_a_bias_may_vanish_beside_large_ones():
+    values = torch.tensor([1.0, -2.0, 1e-9, 1.03e-7])
+    assert leftover_dtype("head.bias", values) == torch.float16
+    assert leftover_dtype("head.weight", values) == torch.float32
+    assert leftover_dtype("head.bias", values[2:]) == torch.float32  # no large ones there
+    assert leftover_dtype("head.bias", torch.tensor([1.0, 1e5])) == torch.float32
+    assert leftover_dtype("head.bias", torch.tensor([math.nan])) == torch.float32
+    assert leftover_dtype("head.bias", torch.zeros(0)) == torch.float16

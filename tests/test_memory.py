@@ -1,11 +1,14 @@
 """Peak memory: what it was, and what it will be."""
 
+import ctypes
+
+import pytest
 import torch
 import toys
 from torch import nn
 
 from attar.load.units import list_units
-from attar.memory import forecast, peak_bytes, resident_bytes, saved_bytes
+from attar.memory import forecast, peak_bytes, release, resident_bytes, saved_bytes
 
 
 def model(width=16):
@@ -72,3 +75,13 @@ def test_long_samples_count_by_their_length():
     kept = saved_bytes(small, long)
     more = said(small, long, priced=1) - said(small, short, priced=1)
     assert more > 0.9 * kept  # what is resident may shrink a little in between
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_what_was_freed_between_what_stays_is_given_back():
+    pieces = [torch.ones(16_000) for _ in range(4_000)]  # 64 kB each: too small to be mapped alone
+    full = resident_bytes()
+    kept = pieces[::2]
+    del pieces
+    release()
+    assert full - resident_bytes() > 0.3 * sum(piece.nbytes for piece in kept)

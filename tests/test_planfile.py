@@ -64,7 +64,7 @@ def test_a_plan_comes_back_as_it_was_decided(tmp_path):
 
 RECIPES = [
     Recipe("m"),
-    Recipe("m", size="25%", data="a folder/ü: x.txt", slices="label", seed=3, threads=1),
+    Recipe("m", size="25%", data="a folder/ü: x.txt", slices="label", seed=3),
     Recipe("a.b:c", task="classify", degrid=0, calibration=5, recovery=6, audit=7, rounds=1),
 ]
 

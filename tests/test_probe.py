@@ -16,10 +16,11 @@ from attar.records import Silent
 from attar.sites import substituted
 
 
-def probed(module, batches, changes, task="classify", divergence=FIXED, draws=1):
+def probed(module, batches, changes, task="classify", divergence=FIXED, draws=1, weights=None):
     model = toys.toy(task, module, examples=batches[0])
     made = {name: (lambda change=change: change) for name, change in changes.items()}
-    return probe(model, made, batches, divergence, seed=0, draws=draws, progress=Silent())
+    given = {"seed": 0, "draws": draws, "progress": Silent(), "weights": weights}
+    return probe(model, made, batches, divergence, **given)
 
 
 def test_independent_and_coherent_are_what_loops_sum_over_positions():
@@ -60,16 +61,16 @@ def test_an_embeddings_change_meets_the_gradient_where_it_is_looked_up():
 
 
 def test_with_one_position_and_one_input_the_two_are_one_and_the_price():
-    """Inputs that never change are independent of the gradients, which are of the same draws."""
+    """Inputs that never change are independent of the gradients, which are not drawn here."""
     module, x = classifier(), random(1, 3).expand(40, 3).clone()
-    batches, divergence = [{"inputs": x}], Divergence("categorical")
+    batches = [{"inputs": x}]
     model = toys.toy("classify", module, examples={"inputs": x[:2]})
     statistics = gather_statistics(
-        model, list_units(model), batches, divergence, seed=0, draws=4, progress=Silent()
+        model, list_units(model), batches, FIXED, seed=0, progress=Silent()
     )
     for name, shape in (("0", (5, 3)), ("2", (4, 5))):
         change = 0.1 * random(*shape, seed=2)
-        found = probed(module, batches, {name: change}, divergence=divergence, draws=4)[name]
+        found = probed(module, batches, {name: change})[name]
         assert found.independent == pytest.approx(found.coherent, rel=1e-6)
         assert found.independent == pytest.approx(
             damage(change, statistics.curvatures[name]), rel=1e-4
@@ -122,13 +123,13 @@ def test_draws_are_averaged_and_padding_does_not_count():
     )
 
 
-def test_inside_a_substitution_the_price_is_that_at_the_other_point():
+def test_with_other_weights_the_price_is_that_at_the_other_point():
     module, x, change = classifier(), random(9, 3), 0.1 * random(4, 5)
     other = classifier()
     with torch.no_grad():
         other[0].weight.mul_(2)
     expected = probed(other, [{"inputs": x}], {"2": change})["2"]
-    with substituted(module, {"0.weight": lambda: 2 * module[0].weight}):
-        found = probed(module, [{"inputs": x}], {"2": change})["2"]
+    twice = {"0.weight": lambda: 2 * module[0].weight}
+    found = probed(module, [{"inputs": x}], {"2": change}, weights=twice)["2"]
     assert found.independent == pytest.approx(expected.independent, rel=1e-5)
     assert found != probed(module, [{"inputs": x}], {"2": change})["2"]

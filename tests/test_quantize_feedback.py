@@ -64,7 +64,7 @@ def codes_of(weight, c, transform):
     scales = find_scales(
         weight, transform.bits, transform.group_size, transform.symmetric, column_weights(c)
     )
-    (found,) = method._feed_back(weight, c, [transform], [scales])
+    (found,) = method.feed_back(weight, method.rounding_order(c), [transform], [scales])
     width = transform.group_size or columns
     scale, zero_point = (s.double().repeat_interleave(width, dim=1).numpy() for s in scales)
     each = rows // len(c)
@@ -142,6 +142,14 @@ def test_several_settings_at_once_are_the_same_as_one_at_a_time():
         assert torch.equal(made.dense, alone.dense)
         assert made.tensors.keys() == alone.tensors.keys()
         assert all(torch.equal(made.tensors[k], alone.tensors[k]) for k in made.tensors)
+
+
+def test_a_pass_holds_settings_of_one_group_size_and_few_of_a_large_weight():
+    transforms = [QuantizeFeedback(bits, size) for size in (8, 0) for bits in (2, 3, 4)]
+    assert list(method.passes(transforms, 100)) == [transforms[:3], transforms[3:]]
+    half = method.CHUNK_WEIGHTS // 2
+    assert [len(some) for some in method.passes(transforms, half)] == [2, 1, 2, 1]
+    assert [len(some) for some in method.passes(transforms, 10 * half)] == [1] * 6
 
 
 def test_few_rows_at_a_time_give_the_same_codes(monkeypatch):

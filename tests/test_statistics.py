@@ -10,7 +10,7 @@ from torch import nn
 
 from attar.divergence import Divergence
 from attar.errors import DataError
-from attar.explain import moments, statistics
+from attar.explain import gatherer, moments, statistics
 from attar.explain.statistics import gather_statistics, statistics_bytes
 from attar.load.units import list_units
 from attar.records import Silent
@@ -248,7 +248,7 @@ def test_relevance_of_a_token_counts_a_sample_once():
 
 
 def test_the_rows_of_an_answer_too_many_for_a_matrix_are_exact(monkeypatch):
-    monkeypatch.setattr(statistics, "FULL_ROWS_LIMIT", 3)
+    monkeypatch.setattr(gatherer, "FULL_ROWS_LIMIT", 3)
     module, x = classifier(), random(7, 3)
     _, found = gather(module, [{"inputs": x}])
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_the_rows_of_an_answer_too_many_for_a_matrix_are_exact(monkeypatch):
 def test_columns_too_many_for_a_matrix_keep_the_diagonal(monkeypatch):
     module, x = Picture(), random(5, 4, 7, 6)
     full = gather(module, [{"pixels": x}])[1].curvatures
-    monkeypatch.setattr(statistics, "FULL_COLUMNS_LIMIT", 2)
+    monkeypatch.setattr(gatherer, "FULL_COLUMNS_LIMIT", 2)
     units, found = gather(module, [{"pixels": x}])
     for unit in units:
         diagonal = full[unit.name][0].first.diagonal(dim1=1, dim2=2).flatten()

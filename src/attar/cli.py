@@ -135,6 +135,7 @@ def apply(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="From attar plan.")],
     out: Out,
     factory: Factory = None,
+    threads: Threads = 2,
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> int:
@@ -142,7 +143,7 @@ def apply(
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
-    recipe = Recipe(model="", factory=factory, accept_licence=accept_licence)
+    recipe = Recipe(model="", factory=factory, threads=threads, accept_licence=accept_licence)
     with open_progress() as progress:
         report = pipeline.apply_plan_file(
             plan_file, out, recipe=recipe, force=force, progress=progress

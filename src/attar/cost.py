@@ -14,6 +14,8 @@ from attar.records import Cost, Leftover, Transform, Unit
 FLOAT16_BYTES = 2
 # A normal float16 has 11 significant bits: it errs by at most 2**-11 of each value.
 LEFTOVER_TOLERANCE = 2.0**-10
+# Share of a bias's root mean square below which how large a value is hardly matters.
+SMALL_BIAS = 1e-3
 
 
 def unit_cost(unit: Unit, transform: Transform) -> Cost:
@@ -42,21 +44,21 @@ def fp16_bytes(units: Iterable[Unit], leftovers: Iterable[Leftover]) -> int:
     return FLOAT16_BYTES * (sum(unit.n_weights for unit in units) + n_leftover)
 
 
-def leftover_dtype(tensor: Tensor) -> torch.dtype:
+def leftover_dtype(name: str, tensor: Tensor) -> torch.dtype:
     """Choose the format a leftover is stored in.
 
     float16 where every value is finite and comes back within LEFTOVER_TOLERANCE of itself, else
-    float32. Integers and booleans stay what they are.
+    float32. A bias is added, so its values may also err by that share of a thousandth of their
+    root mean square: below float16's smallest normal number they would come back less exactly.
+    Integers and booleans stay what they are.
     """
     if not tensor.is_floating_point():
         return tensor.dtype
     back = tensor.half().to(tensor.dtype)
+    size = tensor.abs()
+    if name.rpartition(".")[2] == "bias" and tensor.numel():
+        size = size.clamp(min=float(SMALL_BIAS * tensor.square().mean().sqrt()))
     # An infinite or NaN difference is not within any tolerance.
-    close = (back - tensor).abs() <= LEFTOVER_TOLERANCE * tensor.abs()
+    close = (back - tensor).abs() <= LEFTOVER_TOLERANCE * size
     fits = bool(close.all()) and bool(tensor.isfinite().all())
     return torch.float16 if fits else torch.float32
-
-
-def leftover_bytes(tensors: Iterable[Tensor]) -> int:
-    """Count the bytes of leftovers as they are stored."""
-    return sum(tensor.numel() * leftover_dtype(tensor).itemsize for tensor in tensors)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from attar import writing
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
+from attar.explain.gatherer import ALL
 from attar.explain.price import rounding_moment
-from attar.explain.statistics import ALL
 from attar.plan import candidates as menus
 from attar.plan.solve import smallest, solve, weight_bytes
 from attar.records import (

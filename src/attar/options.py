@@ -55,9 +55,7 @@ Rounds = Annotated[
 ]
 Threads = Annotated[
     int,
-    typer.Option(
-        min=1, metavar="N", help="Of tensor operations; part of what a result depends on."
-    ),
+    typer.Option(min=1, metavar="N", help="Pieces of work at once; the result stays the same."),
 ]
 AcceptLicence = Annotated[
     bool, typer.Option("--accept-licence", help="You accept the terms of a model that has some.")

@@ -167,12 +167,18 @@ def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> t
     """Read a plan file with the session it was made in: same model, data and seed.
 
     Args:
-        recipe: What a plan does not hold: the accepted licence, and the code of a factory model.
+        recipe: What a plan does not hold: the accepted licence, the code of a factory model, and
+            how much is done at once.
     """
     opened: list[Session] = []
 
     def units_of(planned: Recipe) -> Units:
-        own = replace(planned, accept_licence=recipe.accept_licence, factory=recipe.factory)
+        own = replace(
+            planned,
+            accept_licence=recipe.accept_licence,
+            factory=recipe.factory,
+            threads=recipe.threads,
+        )
         if is_factory(planned.model):
             own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)
         opened.append(open_recipe(own, progress))

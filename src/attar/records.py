@@ -347,8 +347,7 @@ class Recipe:
         degrid: Seed of the exact rescaling that takes weights off a quantization grid.
         calibration: Tokens or samples for statistics; None for the default of the task.
         rounds: Turns of the correction loop, 1 or more.
-        threads: Of tensor operations. The last bits of a sum depend on how it is split, so this is
-            part of the recipe and not of the machine: the same recipe gives the same bytes.
+        threads: Pieces of work done at once. What is computed does not depend on it.
     """
 
     model: str

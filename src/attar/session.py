@@ -6,7 +6,6 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -27,8 +26,11 @@ from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.load.model import is_factory, load_model
 from attar.load.units import list_units
+from attar.memory import release
+from attar.parallel import in_order, one_thread
 from attar.plan.size import parse_size
 from attar.records import (
+    Batch,
     Data,
     Model,
     Progress,
@@ -39,7 +41,6 @@ from attar.records import (
     Unit,
     Units,
 )
-from attar.sites import substituted
 from attar.transform.apply import Treated, build_transform, check_finite, substitutions, treat
 
 # A prediction of a language model is one of thousands; one of a classifier is one of few, so more
@@ -76,6 +77,7 @@ class Session:
         """Add the seconds of a block to a stage."""
         start = time.perf_counter()
         yield
+        release()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
@@ -101,21 +103,10 @@ class Session:
         return parameter.detach().reshape(unit.rows, unit.columns)
 
     def for_each_unit(self, work: Callable[[Unit], Result]) -> Iterator[Result]:
-        """Do work on every unit, in order, on all cores.
-
-        Each unit is worked on by one thread: many small operations gain little from more, and
-        what is computed does not depend on how many there are.
-        """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            # OpenMP counts threads for each thread that asks, so each worker must be told.
-            with ThreadPoolExecutor(
-                threads, initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
-                yield from pool.map(work, self.units)
-        finally:
-            torch.set_num_threads(threads)
+        """Do work on every unit, in order, on all cores."""
+        for done in in_order(work, self.units):
+            release()
+            yield done
 
     def gather(self) -> Statistics:
         """Gather A and G of the original on calibration data."""
@@ -173,11 +164,14 @@ class Session:
         }
 
     def _coherence(self, statistics: Statistics, reference: Transform) -> dict[str, float]:
-        changes: dict[str, Tensor] = {}
-        for unit in self.units:
-            made = self.treat(unit, [reference], statistics)[0]
-            if isinstance(made, Replacement):
-                changes[unit.name] = (made.dense - self.weight(unit)).half()
+        def make(unit: Unit) -> Tensor | None:
+            made = next(self.treat(unit, [reference], statistics))
+            if not isinstance(made, Replacement):
+                return None
+            return (made.dense - self.weight(unit)).half()
+
+        made = zip(self.units, self.for_each_unit(make), strict=True)
+        changes = {unit.name: change for unit, change in made if change is not None}
 
         def shaped(unit: Unit) -> Callable[[], Tensor]:
             return lambda: changes[unit.name].float().reshape(unit.shape)
@@ -202,14 +196,16 @@ class Session:
             weight = self.model.module.get_parameter(f"{name}.weight").detach()
             return lambda: treated[name].weight() - weight
 
-        with substituted(self.model.module, substitutions(treated)):
-            found = self._probe({name: change(name) for name in treated}, share)
+        changes = {name: change(name) for name in treated}
+        found = self._probe(changes, share, substitutions(treated))
         return {
             name: one.independent if self.predicts_everywhere else one.coherent
             for name, one in found.items()
         }
 
-    def _probe(self, changes: Changes, share: float) -> dict[str, Probed]:
+    def _probe(
+        self, changes: Changes, share: float, weights: Changes | None = None
+    ) -> dict[str, Probed]:
         n = max(1, round(len(self.data.calibration) * share))
         return probe(
             self.model,
@@ -219,11 +215,12 @@ class Session:
             seed=self.recipe.seed,
             draws=self.draws,
             progress=self.progress,
+            weights=weights,
         )
 
     def treat(
         self, unit: Unit, transforms: Sequence[Transform], statistics: Statistics
-    ) -> Sequence[Replacement | AttarError]:
+    ) -> Iterator[Replacement | AttarError]:
         """Try treatments on a unit's weight, rounded on the first half of the statistics."""
         weight = self.weight(unit)
         check_finite(unit, weight)
@@ -234,7 +231,7 @@ class Session:
         """Tensors no plan decides about, in the format they are stored in."""
         state = self.model.module.state_dict()
         kept = {left.name: state[left.name] for left in self.units.leftovers}
-        return {name: t.to(cost.leftover_dtype(t)).contiguous() for name, t in kept.items()}
+        return {name: t.to(cost.leftover_dtype(name, t)).contiguous() for name, t in kept.items()}
 
     def provenance(self) -> dict[str, Any]:
         """What a reader needs to run this again."""
@@ -246,7 +243,6 @@ class Session:
             "versions": {name: version(name) for name in packages},
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
         }
 
 
@@ -322,6 +318,11 @@ def fit_divergence(model: Model, data: Data) -> Divergence:
     """Pick the task's divergence; for means, fit the scale of the outputs on calibration data."""
     if model.task.family == "categorical":
         return Divergence("categorical")
-    with torch.no_grad():
-        outputs = [model.task.forward(model.module, batch) for batch in data.calibration]
-    return fit_gaussian(torch.cat([output.flatten(0, 1) for output in outputs]))
+
+    def answer(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return model.task.forward(model.module, batch).flatten(0, 1)
+
+    outputs = torch.cat(list(in_order(answer, data.calibration)))
+    with one_thread():
+        return fit_gaussian(outputs)

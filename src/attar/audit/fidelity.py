@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
+from attar.parallel import in_order
 from attar.records import Batch, Estimate, Model, Progress
 
 # Predictions compared at once: the differences of 49,152 logits of each fit in 25 MB.
@@ -67,19 +68,25 @@ def measure(
     stage: str = "audit",
 ) -> Measured:
     """Compare the two on every prediction of `batches`."""
+
+    def compare(batch: Batch) -> tuple[list[dict[str, np.ndarray]], _Blind]:
+        blind = _Blind(divergence)
+        with torch.no_grad():
+            before = model.task.forward(model.module, batch)
+            after = compressed(batch)
+            return list(_compare(model, batch, before, after, divergence, blind)), blind
+
     parts: list[dict[str, np.ndarray]] = []
     blind = _Blind(divergence)
     first = 0
-    with progress.stage(stage, len(batches)) as advance, torch.no_grad():
-        for batch in batches:
-            samples = len(next(iter(batch.values())))
-            before = model.task.forward(model.module, batch)
-            after = compressed(batch)
-            for part in _compare(model, batch, before, after, divergence, blind):
+    with progress.stage(stage, len(batches)) as advance:
+        for batch, (found, seen) in zip(batches, in_order(compare, batches), strict=True):
+            for part in found:
                 part["sample"] += first
                 part["surprise_sample"] += first
-                parts.append(part)
-            first += samples
+            parts += found
+            blind.join(seen)
+            first += len(next(iter(batch.values())))
             advance(1)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Measured(**joined, blind_divergence=blind.mean(), entropy=blind.entropy())
@@ -157,9 +164,18 @@ class _Blind:
             logs = outputs.log_softmax(-1)
             outputs = logs.exp()
             self._entropy -= float((outputs * logs).sum(-1).double().sum())
-        total = outputs.double().sum(0)
-        self._answers = total if self._answers is None else self._answers + total
-        self._n += len(outputs)
+        self._add(outputs.double().sum(0), len(outputs))
+
+    def join(self, other: _Blind) -> None:
+        """Add what another saw."""
+        self._squares += other._squares
+        self._entropy += other._entropy
+        if other._answers is not None:
+            self._add(other._answers, other._n)
+
+    def _add(self, answers: Tensor, n: int) -> None:
+        self._answers = answers if self._answers is None else self._answers + answers
+        self._n += n
 
     def entropy(self) -> float:
         return self._entropy / self._n

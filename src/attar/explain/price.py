@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attar.explain.statistics import ALL
+from attar.explain.gatherer import ALL
 from attar.records import Curvature, Model, Scores, Statistics, Units
 
 ROWS_AT_ONCE = 4096

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
-from attar.explain.statistics import pieces, tracked
+from attar.explain.gatherer import tracked
+from attar.explain.statistics import pieces
+from attar.parallel import in_order
 from attar.records import Batch, Model, Progress
-from attar.sites import Call, watched
+from attar.sites import Call, substituted, watched
 
 Changes = Mapping[str, Callable[[], Tensor]]
 """Unit name to a function that makes its change, in the shape the module holds."""
@@ -45,28 +47,41 @@ def probe(
     seed: int,
     draws: int,
     progress: Progress,
+    weights: Changes | None = None,
 ) -> dict[str, Probed]:
-    """Price every change by itself, at the weights the model runs with now.
+    """Price every change by itself, where the model runs with `weights`.
 
-    Run inside `sites.substituted` to price at a compressed point.
+    Args:
+        weights: Parameter name to what makes the weight to use, as for `sites.substituted`: a
+            compressed point. None: the model's own.
+        draws: Answers sampled per prediction.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def price_batch(number: int) -> tuple[dict[str, list[float]], int]:
+        generator = torch.Generator().manual_seed(seed * len(batches) + number)
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        predictions = 0
+        for piece, _ in pieces(batches[number], (), model):
+            with substituted(model.module, weights or {}):
+                outputs = _run(model, piece, changes, sums)
+            mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+            predictions += int(mask.sum())
+            for draw in range(draws):
+                gradient = torch.zeros_like(outputs)
+                gradient[mask] = divergence.sampled_gradient(outputs.detach()[mask], generator)
+                outputs.backward(gradient, retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
+        return sums, predictions
+
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     predictions = 0
     with progress.stage("price again", len(batches)) as advance:
-        for batch in batches:
-            for piece, _ in pieces(batch, (), model):
-                outputs = _run(model, piece, changes, sums)
-                mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
-                predictions += int(mask.sum())
-                for draw in range(draws):
-                    gradient = torch.zeros_like(outputs)
-                    chosen = outputs.detach()[mask]
-                    gradient[mask] = divergence.sampled_gradient(chosen, generator)
-                    outputs.backward(gradient, retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
+        for sums, seen in in_order(price_batch, range(len(batches))):
+            predictions += seen
+            for name, (alone, joint) in sums.items():
+                total[name] = [total[name][0] + alone, total[name][1] + joint]
             advance(1)
     scale = 0.5 / (predictions * draws)
-    return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in sums.items()}
+    return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in total.items()}
 
 
 def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[float]]) -> Tensor:

@@ -136,9 +136,12 @@ def _read_folder(folder: Path) -> Parts:
 
 
 def _degridded(parts: Parts, seed: int) -> Parts:
+    state = degrid(parts.state, parts.architecture.config, seed)
+    # A single tensor that is left as mapped from the file would keep the whole file in memory.
+    state = {name: t.clone() if t is parts.state[name] else t for name, t in state.items()}
     return dataclasses.replace(
         parts,
-        state=degrid(parts.state, parts.architecture.config, seed),
+        state=state,
         origin=f"{parts.origin}, degridded with seed {seed}",
     )
 

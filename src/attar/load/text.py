@@ -11,7 +11,6 @@ import platform
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from attar.inputs import leading_tokens, read_tokenizer, special_tokens
 from attar.load.documentation import documents
 from attar.load.sources import read_entries, read_text
 from attar.load.splits import SPLITS, Counts, Dealer, Sample, Splits
+from attar.parallel import in_order
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -266,15 +266,13 @@ def write_rows(
 ) -> list[Row]:
     """Sample rows at temperature 1, each from a random word; after a special token, a new word.
 
-    Groups of rows are written side by side, each on one thread, so that the text is the same for
-    any number of threads (and small products gain little from more than one).
+    Groups of rows are written side by side.
     """
     if n_rows == 0:
         return []
     # two groups at least, for two threads, unless they would be tiny
     n_groups = max(-(-n_rows // ROWS_AT_ONCE), min(2, n_rows // 4), 1)
     sizes = [len(range(group, n_rows, n_groups)) for group in range(n_groups)]
-    n_threads = torch.get_num_threads()
     rows: list[Row] = []
     with progress.stage("write text with the model", float(n_rows * length)) as advance:
 
@@ -282,13 +280,8 @@ def write_rows(
             draws = torch.Generator().manual_seed(seed * n_groups + group)
             return _write_group(model, tokenizer, sizes[group], length, draws, advance)
 
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(n_threads) as pool:
-                for written in pool.map(write, range(n_groups)):
-                    rows += [(row, "") for row in written]
-        finally:
-            torch.set_num_threads(n_threads)
+        for written in in_order(write, range(n_groups)):
+            rows += [(row, "") for row in written]
     return rows
 
 

@@ -15,22 +15,19 @@ GROUP_SIZES = (32, 64, 128)
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
-# Weights treated at once, all settings together: each takes a few times its float32 size.
-TREATED_WEIGHTS = 4_000_000
+# A weight with more numbers than this is priced with one group size only.
+LARGE_WEIGHT = 4_000_000
 
 
 def menu(unit: Unit) -> list[Treatment]:
     """List the treatments worth pricing for a unit: two families, and leaving it in 16 bits."""
     sizes = group_sizes(unit.columns)
-    if unit.n_weights > TREATED_WEIGHTS:  # one setting of such a weight takes seconds
+    if unit.n_weights > LARGE_WEIGHT:  # one setting of such a weight takes seconds
         sizes = sizes[-1:]
     quantized: list[Treatment] = [
         ("quantize_feedback", {"bits": bits, "group_size": size})
-        for bits in (2, 3, 4)
-        for size in sizes
-    ]
-    quantized += [
-        ("quantize_feedback", {"bits": bits, "group_size": sizes[-1]}) for bits in (5, 6, 8)
+        for size in sizes  # neighbours of one size are rounded together
+        for bits in ((2, 3, 4, 5, 6, 8) if size == sizes[-1] else (2, 3, 4))
     ]
     return [*quantized, *_zeroed(unit), KEEP]
 
@@ -79,7 +76,7 @@ def price_candidates(
     treatments: Mapping[str, Sequence[Treatment]],
     *,
     build: Callable[[str, Mapping[str, Any]], Transform],
-    treat: Callable[[Unit, Sequence[Transform]], Sequence[Replacement | AttarError]],
+    treat: Callable[[Unit, Sequence[Transform]], Iterable[Replacement | AttarError]],
     price: Callable[[Unit, Replacement, str], float],
     for_each: Callable[[Callable[[Unit], list[Candidate]]], Iterable[list[Candidate]]],
     progress: Progress,
@@ -106,10 +103,10 @@ def _price_unit(
     unit: Unit,
     treatments: Sequence[Treatment],
     build: Callable[[str, Mapping[str, Any]], Transform],
-    treat: Callable[[Unit, Sequence[Transform]], Sequence[Replacement | AttarError]],
+    treat: Callable[[Unit, Sequence[Transform]], Iterable[Replacement | AttarError]],
     price: Callable[[Unit, Replacement, str], float],
 ) -> list[Candidate]:
-    """Price all treatments of one unit, few at once where the weight is large."""
+    """Price all treatments of one unit."""
     built = [(t, build(*t)) for t in treatments]
     candidates = [
         Candidate(unit.name, *t, Cost(0, unit.macs), None, reason)
@@ -117,14 +114,11 @@ def _price_unit(
         if (reason := transform.rejects(unit))
     ]
     allowed = [(t, transform) for t, transform in built if not transform.rejects(unit)]
-    at_once = max(1, TREATED_WEIGHTS // unit.n_weights)
-    for start in range(0, len(allowed), at_once):
-        some = allowed[start : start + at_once]
-        results = treat(unit, [transform for _, transform in some])
-        candidates += [
-            _priced(unit, t, transform, result, price)
-            for (t, transform), result in zip(some, results, strict=True)
-        ]
+    results = treat(unit, [transform for _, transform in allowed])
+    candidates += [
+        _priced(unit, t, transform, result, price)
+        for (t, transform), result in zip(allowed, results, strict=True)
+    ]
     return candidates
 
 

@@ -14,6 +14,8 @@ from attar.errors import PlanError
 from attar.records import Budget, Candidate, Plan, Recipe, Transform, Units
 
 VERSION = 1
+# Said elsewhere in the plan, for the user alone to say, or without a bearing on the result.
+NOT_IN_RECIPE = {"model", "keep", "accept_licence", "threads"}
 HEAD = """\
 # One line for each unit: its treatment and settings, the bytes they need, and the nats per
 # prediction they are expected to cost. Edit treatments and settings, then: attar apply plan.yaml
@@ -61,7 +63,7 @@ def _recipe_to_dict(recipe: Recipe | None) -> dict[str, Any]:
     return {
         field.name: list(value) if isinstance(value, tuple) else value
         for field in fields(recipe)
-        if field.name not in ("model", "keep", "accept_licence")
+        if field.name not in NOT_IN_RECIPE
         and (value := getattr(recipe, field.name)) != getattr(unset, field.name)
     }
 
@@ -74,9 +76,8 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
     """
     given = _field(content, "recipe", dict)
     unset = Recipe(model="")
-    elsewhere = ("model", "keep", "accept_licence")
-    known = {field.name for field in fields(unset)} - {*elsewhere}
-    numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds", "threads")
+    known = {field.name for field in fields(unset)} - NOT_IN_RECIPE
+    numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds")
     for name, value in given.items():
         good = isinstance(value, int) if name in numbers else isinstance(value, str)
         if name not in known or not good or isinstance(value, bool):

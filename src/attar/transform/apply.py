@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -60,27 +60,24 @@ def build_transform(treatment: str, settings: Mapping[str, object]) -> Transform
 
 def treat(
     weight: Tensor, moment: Tensor | None, transforms: Sequence[Transform]
-) -> list[Replacement | SettingError]:
-    """Apply several treatments to one weight; those with error feedback share one pass.
+) -> Iterator[Replacement | SettingError]:
+    """Apply several treatments to one weight, in order; those with error feedback share passes.
 
     A treatment that the weight's values do not allow gives its error in place of a replacement.
     """
-    together = [t for t in transforms if isinstance(t, QuantizeFeedback)]
-    try:
-        made = quantize_all(weight, moment, together) if together else []
-        done = dict(zip(together, made, strict=True))
-    except SettingError as error:
-        done = dict.fromkeys(together, error)  # type: ignore[arg-type]
-    results: list[Replacement | SettingError] = []
+    fed_back = quantize_all(
+        weight, moment, [t for t in transforms if isinstance(t, QuantizeFeedback)]
+    )
+    failed: SettingError | None = None  # what the values do not allow once, they never allow
     for transform in transforms:
-        if isinstance(transform, QuantizeFeedback):
-            results.append(done[transform])
-            continue
         try:
-            results.append(transform.apply(weight, moment))
+            if not isinstance(transform, QuantizeFeedback):
+                yield transform.apply(weight, moment)
+            else:
+                yield failed or next(fed_back)
         except SettingError as error:
-            results.append(error)
-    return results
+            failed = error if isinstance(transform, QuantizeFeedback) else failed
+            yield error
 
 
 def apply_choices(

@@ -27,6 +27,9 @@ LARGEST_SCALE = 65504.0  # the largest float16
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above 0
 # Parts of the group's full range that the search tries, the full range first.
 RANGE_FACTORS = tuple(round(1 - 0.05 * k, 2) for k in range(11))
+# Codes of more bits than this have small steps: cutting off a quarter of the range never pays.
+COARSE_BITS = 4
+FINE_FACTORS = 5
 # Weights handled at once: 2 MiB for each float32 buffer, which stays in cache and outweighs what it
 # costs to start an operation.
 CHUNK_WEIGHTS = 1 << 19
@@ -337,7 +340,7 @@ def _search(
     """Try every range factor; of equal errors the larger range wins."""
     best_scale, best_zero_point = _scales_of(low, high, bits, symmetric)
     least = _squared_error(weight, importance, best_scale, best_zero_point, bits)
-    for factor in RANGE_FACTORS[1:]:
+    for factor in RANGE_FACTORS[1 : None if bits <= COARSE_BITS else FINE_FACTORS]:
         scale, zero_point = _scales_of(low * factor, high * factor, bits, symmetric)
         error = _squared_error(weight, importance, scale, zero_point, bits)
         better = error < least

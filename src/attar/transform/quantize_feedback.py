@@ -8,16 +8,17 @@ We differ in four ways. Columns are rounded in order of falling C[i, i], so that
 while there are most left to make good for them. The ranges of all groups are fixed beforehand on
 the original weight and searched for the least weighted error (`groups.find_scales`), so that the
 order does not change what is stored. C may be one matrix per group of rows (convolutions). Several
-settings are rounded in one pass over the columns.
+settings of one group size are rounded in one pass over the columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from attar.records import Cost, Replacement, Unit
@@ -65,7 +66,7 @@ class QuantizeFeedback:
         return Cost(weight_bytes=stored, macs=unit.macs)
 
     def apply(self, weight: Tensor, moment: Tensor | None) -> Replacement:
-        return quantize_all(weight, moment, [self])[0]
+        return next(quantize_all(weight, moment, [self]))
 
     def decode(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         codes, scale, zero_point = groups.load_stored(
@@ -78,73 +79,98 @@ def quantize_all(
     weight: Float[Tensor, "rows columns"],
     moment: Tensor | None,
     transforms: Sequence[QuantizeFeedback],
-) -> list[Replacement]:
-    """Apply several settings to one weight in one pass over its columns.
+) -> Iterator[Replacement]:
+    """Apply several settings to one weight; neighbours of one group size share a pass.
 
     Args:
         moment: `groups columns columns`, or its diagonal, or None; without a full matrix there is
             nothing to feed back along, and every weight is rounded to the nearest code.
     """
     importance = groups.column_weights(moment)
-    scales = [
-        groups.find_scales(weight, t.bits, t.group_size, t.symmetric, importance, search=True)
-        for t in transforms
-    ]
-    if moment is None or moment.dim() == 1:
-        codes = [
-            groups.encode(weight, scale, zero_point, t.bits, t.group_size)
-            for t, (scale, zero_point) in zip(transforms, scales, strict=True)
+    order = None if moment is None or moment.dim() == 1 else rounding_order(moment)
+    for some in passes(transforms, weight.numel()):
+        scales = [
+            groups.find_scales(weight, t.bits, t.group_size, t.symmetric, importance, search=True)
+            for t in some
         ]
-    else:
-        codes = _feed_back(weight, moment, transforms, scales)
-    return [
-        Replacement(
-            tensors=groups.store(code, scale, zero_point, t.bits, t.symmetric),
-            dense=groups.decode_codes(code, scale, zero_point, t.group_size),
-        )
-        for t, code, (scale, zero_point) in zip(transforms, codes, scales, strict=True)
-    ]
+        if order is None:
+            codes = [
+                groups.encode(weight, scale, zero_point, t.bits, t.group_size)
+                for t, (scale, zero_point) in zip(some, scales, strict=True)
+            ]
+        else:
+            codes = feed_back(weight, order, some, scales)
+        for t, code, (scale, zero_point) in zip(some, codes, scales, strict=True):
+            yield Replacement(
+                tensors=groups.store(code, scale, zero_point, t.bits, t.symmetric),
+                dense=groups.decode_codes(code, scale, zero_point, t.group_size),
+            )
 
 
-def _feed_back(
-    weight: Tensor,
-    moment: Tensor,
+def passes(
+    transforms: Sequence[QuantizeFeedback], n_weights: int
+) -> Iterator[list[QuantizeFeedback]]:
+    """Cut settings into runs of one group size, few enough that what they make is small."""
+    most = max(1, CHUNK_WEIGHTS // n_weights)
+    for _, run in groupby(transforms, key=lambda t: t.group_size):
+        together = list(run)
+        for start in range(0, len(together), most):
+            yield together[start : start + most]
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order columns are rounded, and where their errors go: the same for every setting.
+
+    Attributes:
+        columns: The column that is rounded first, second, and so on.
+        feedback: See `feedback_factor`; rows and columns in that order.
+    """
+
+    columns: Int[Tensor, " columns"]
+    feedback: Float[Tensor, "groups columns columns"]
+
+
+def rounding_order(moment: Float[Tensor, "groups columns columns"]) -> Order:
+    """Dearest column first."""
+    dear = moment.diagonal(dim1=1, dim2=2).sum(0)
+    order = torch.argsort(dear, descending=True, stable=True)
+    return Order(order, feedback_factor(moment[:, order][:, :, order]))
+
+
+def feed_back(
+    weight: Float[Tensor, "rows columns"],
+    order: Order,
     transforms: Sequence[QuantizeFeedback],
     scales: Sequence[groups.Scales],
-) -> list[Tensor]:
-    """Round all settings, a few rows at a time; rows do not depend on each other."""
-    row_groups, columns, _ = moment.shape
-    order = torch.argsort(moment.diagonal(dim1=1, dim2=2).sum(0), descending=True, stable=True)
-    feedback = feedback_factor(moment[:, order][:, :, order])
-    back = torch.argsort(order)
+) -> list[UInt8[Tensor, "rows columns"]]:
+    """Round settings of one group size, a few rows at a time; rows do not depend on each other."""
+    row_groups, columns = order.feedback.shape[:2]
     rows_in_group = len(weight) // row_groups
     step = max(1, CHUNK_WEIGHTS // (columns * len(transforms) * row_groups))
     by_group = weight.reshape(row_groups, rows_in_group, columns)
+    # One run of memory for each group of columns, as they are read column after column.
+    scale, zero_point = (
+        torch.stack([s[part].view(row_groups, rows_in_group, -1) for s in scales]).movedim(-1, 0)
+        for part in range(2)
+    )
+    width = groups.group_width(columns, transforms[0].group_size)
     codes = [torch.empty(by_group.shape, dtype=torch.uint8) for _ in transforms]
     top = torch.tensor([2.0**t.bits - 1 for t in transforms])
+    back = torch.argsort(order.columns)
     for start in range(0, rows_in_group, step):
         rows = slice(start, start + step)
-        spread = [
-            _per_column(s, t, by_group.shape, rows) for t, s in zip(transforms, scales, strict=True)
-        ]
-        scale = torch.stack([s for s, _ in spread])[..., order]
-        zero_point = torch.stack([z for _, z in spread])[..., order]
-        chunk = by_group[:, rows][..., order].float()
-        found = round_with_feedback(chunk, feedback, scale, zero_point, top)
-        for code, one in zip(codes, found[..., back], strict=True):
-            code[:, rows] = one
+        found = round_with_feedback(
+            by_group[:, rows].float()[..., order.columns],
+            order.feedback,
+            scale[..., rows].float().contiguous(),
+            zero_point[..., rows].float().contiguous(),
+            order.columns // width,
+            top,
+        )
+        for setting, code in enumerate(codes):
+            code[:, rows] = found[back, setting].movedim(0, -1)
     return [code.reshape(weight.shape) for code in codes]
-
-
-def _per_column(
-    scales: groups.Scales, transform: QuantizeFeedback, shape: torch.Size, rows: slice
-) -> tuple[Tensor, Tensor]:
-    """Spread scale and zero point over the columns they belong to, `groups rows columns`."""
-    width = groups.group_width(shape[-1], transform.group_size)
-    return tuple(  # type: ignore[return-value]
-        part.view(*shape[:2], -1)[:, rows].float().repeat_interleave(width, dim=-1)
-        for part in scales
-    )
 
 
 def feedback_factor(
@@ -152,15 +178,18 @@ def feedback_factor(
 ) -> Float[Tensor, "groups columns columns"]:
     """Upper Cholesky factor of the inverse of the damped moment, each row over its diagonal.
 
-    Row i, right of the diagonal, says how much of column i's error each later column takes.
+    Row i, right of the diagonal, says how much of column i's error each later column takes. It is
+    the inverse of U where U Uᵀ is the damped moment, and U comes from the Cholesky factor of the
+    moment with its rows and columns in reverse.
     """
     damped = moment.double()
     mean = damped.diagonal(dim1=1, dim2=2).mean(1)
     # A group that never saw an input has a moment of zeros: there is nothing to feed back.
     ridge = torch.where(mean > 0, DAMPING_FRACTION * mean, torch.ones_like(mean))
     damped = damped + torch.diag_embed(ridge[:, None].expand(damped.shape[:2]))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    root = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
+    one = torch.eye(damped.shape[1], dtype=torch.float64)
+    upper: Tensor = torch.linalg.solve_triangular(root, one, upper=True)
     factor: Tensor = upper / upper.diagonal(dim1=1, dim2=2)[..., None]
     return factor.float()
 
@@ -168,37 +197,40 @@ def feedback_factor(
 def round_with_feedback(
     weight: Float[Tensor, "groups rows columns"],
     feedback: Float[Tensor, "groups columns columns"],
-    scale: Float[Tensor, "settings groups rows columns"],
-    zero_point: Float[Tensor, "settings groups rows columns"],
+    scale: Float[Tensor, "column_groups settings groups rows"],
+    zero_point: Float[Tensor, "column_groups settings groups rows"],
+    group_of: Int[Tensor, " columns"],
     top: Float[Tensor, " settings"],
-) -> UInt8[Tensor, "settings groups rows columns"]:
+) -> UInt8[Tensor, "columns settings groups rows"]:
     """Round column after column, moving each error onto the columns to its right.
 
     Args:
         feedback: See `feedback_factor`.
         scale: Weight units per code step, > 0.
         zero_point: The code that stands for 0.0.
+        group_of: Where each column's scale and zero point lie.
         top: Largest code of each setting.
     """
     columns = weight.shape[-1]
     # Column first, so that one column of every row is one run of memory.
     left = weight.expand(len(top), *weight.shape).movedim(-1, 0).contiguous()
-    scale, zero_point = scale.movedim(-1, 0).contiguous(), zero_point.movedim(-1, 0).contiguous()
-    limit = top[:, None, None]
+    lowest, highest = -zero_point, top[:, None, None] - zero_point
     codes = torch.empty(left.shape, dtype=torch.uint8)
+    errors = torch.empty(min(BLOCK, columns), *left.shape[1:])
+    of = group_of.tolist()
     for start in range(0, columns, BLOCK):
         end = min(columns, start + BLOCK)
-        errors = torch.empty(end - start, *left.shape[1:])
         for column in range(start, end):
-            steps = (left[column] / scale[column]).round_().add_(zero_point[column])
-            steps = torch.minimum(steps.clamp_(min=0), limit)
-            codes[column] = steps
-            error = left[column] - steps.sub_(zero_point[column]).mul_(scale[column])
-            errors[column - start] = error
+            own = of[column]
+            steps = (left[column] / scale[own]).round_()
+            steps = torch.clamp(steps, lowest[own], highest[own])
+            codes[column] = steps + zero_point[own]
+            error = errors[column - start]
+            torch.addcmul(left[column], steps, scale[own], value=-1, out=error)
             if column + 1 < end:
                 share = feedback[:, column, column + 1 : end].T[:, None, :, None]
                 left[column + 1 : end].addcmul_(error, share, value=-1)
         if end < columns:
             share = feedback[:, start:end, end:]
-            left[end:] -= torch.einsum("bkgr,gbc->ckgr", errors, share)
-    return codes.movedim(0, -1)
+            left[end:] -= torch.einsum("bkgr,gbc->ckgr", errors[: end - start], share)
+    return codes

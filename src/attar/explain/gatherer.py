@@ -1,0 +1,260 @@
+"""The hooks that gather sums while a model runs forward and backward over a few samples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attar.divergence import Divergence
+from attar.errors import DataError
+from attar.explain import moments
+from attar.records import Batch, Model, Unit, Units
+from attar.sites import Call, watched
+
+# A full C of this side is 100 MB in float32, and there are two; beyond it, the diagonal only.
+FULL_COLUMNS_LIMIT = 5000
+# R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
+# together between rows, so what lies off the diagonal hardly changes a price.
+FULL_ROWS_LIMIT = 1024
+# Predictions whose gradient is drawn at once: each takes a few times the width of an answer.
+PREDICTIONS_AT_ONCE = 128
+ALL = ""  # the slice that holds every sample
+
+
+@dataclass
+class Use:
+    """Running sums of one use of one weight."""
+
+    operation: str
+    rows: Tensor
+    columns: Tensor
+    positions: int = 0
+    is_answer: bool = False
+
+
+@dataclass
+class Sums:
+    """Running sums over all samples so far; keys are slice label, then unit name."""
+
+    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
+    channel: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    whole: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    activation: dict[str, Tensor] = field(default_factory=dict)
+    taylor: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    predictions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    samples: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    answers: Tensor | None = None  # sum of p, `width`
+    spread: Tensor | None = None  # sum of p (1 - p), `width`
+
+
+class Gatherer:
+    """Lives over one pass: holds the sums that the hooks add to."""
+
+    def __init__(
+        self, model: Model, units: Units, divergence: Divergence, seed: int, draws: int
+    ) -> None:
+        self._model = model
+        self._units = {unit.name + ".weight": unit for unit in units}
+        self._weights = dict(model.module.named_parameters())
+        self._divergence = divergence
+        self._generator = torch.Generator().manual_seed(seed)
+        self._draws = draws
+        self.sums = Sums()
+        self._labels: Sequence[str] = ()
+        self._n_samples = 0
+        self._calls: dict[str, int] = {}
+        self._last: tuple[Use, Tensor] | None = None
+        self._last_input: tuple[Tensor, Use] | None = None
+
+    def add(self, batch: Batch, labels: Sequence[str]) -> None:
+        """Add one small batch to the sums."""
+        self._labels, self._calls, self._last_input = labels, defaultdict(int), None
+        self._n_samples = len(next(iter(batch.values())))
+        batch = {
+            name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
+            for name, t in batch.items()
+        }
+        with torch.enable_grad(), watched(self._model.module, self._visit):
+            outputs = self._model.task.forward(self._model.module, batch)
+        if not bool(torch.isfinite(outputs).all()):
+            raise DataError(
+                f"{self._model.name} answers with NaN or infinity on this data.",
+                hint="look at the inputs with --data; are they scaled as the model expects?",
+            )
+        self._mark_answer(outputs)
+        mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+        self._count(mask)
+        for draw in range(self._draws):
+            gradient = self._gradient(outputs.detach(), mask, first=draw == 0)
+            outputs.backward(gradient, retain_graph=draw + 1 < self._draws)  # type: ignore[no-untyped-call]
+
+    def _gradient(self, outputs: Tensor, mask: Tensor, *, first: bool) -> Tensor:
+        """Draw an answer for every prediction, a few at a time."""
+        gradient = torch.zeros_like(outputs)
+        for where in torch.split(mask.nonzero(), PREDICTIONS_AT_ONCE):
+            sample, position = where.unbind(1)
+            chosen = outputs[sample, position]
+            if first and self._divergence.family == "categorical":
+                self._add_answers(chosen.softmax(-1))
+            drawn = self._divergence.sampled_gradient(chosen, self._generator)
+            gradient[sample, position] = drawn
+        return gradient
+
+    def _add_answers(self, p: Tensor) -> None:
+        answers = p.sum(0)
+        spread = answers - p.square_().sum(0)
+        sums = self.sums
+        sums.answers = answers if sums.answers is None else sums.answers + answers
+        sums.spread = spread if sums.spread is None else sums.spread + spread
+
+    def _mark_answer(self, outputs: Tensor) -> None:
+        """Note which use of a weight makes the answer itself: its G is known without sampling."""
+        if self._last is None or self._divergence.family != "categorical":
+            return
+        use, value = self._last
+        use.is_answer = value.numel() == outputs.numel() and torch.equal(
+            value.reshape(-1, value.shape[-1])[-1],
+            outputs.detach().reshape(-1, outputs.shape[-1])[-1],
+        )
+
+    def _count(self, mask: Tensor) -> None:
+        for sample, n in enumerate(mask.sum(1).tolist()):
+            for label in {ALL, *self._labels[sample : sample + 1]}:
+                self.sums.predictions[label] += n
+                self.sums.samples[label] += 1
+
+    def _visit(self, call: Call) -> Tensor:
+        """Add what enters the weight, and wait for the gradient at what leaves it."""
+        output = call.run()
+        unit = self._units.get(call.name)
+        if unit is None:
+            return output
+        if not output.requires_grad:
+            output = tracked(output)
+        use = self._use(unit, call)
+        # An in-place operation may overwrite the output; language models have none, and no room.
+        in_place = self._model.task.name != "language"
+        value = output.detach().clone() if in_place else output.detach()
+        self._last = (use, value)
+        if call.operation == "embedding":
+            # Positions, say, are looked up once for all samples: then there is one row of them.
+            tokens = call.input.reshape(len(call.input) if call.input.dim() > 1 else 1, -1)
+            use.rows += torch.bincount(tokens.flatten(), minlength=unit.rows)
+            use.positions += tokens.numel()
+            output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))  # type: ignore[no-untyped-call]
+            return output
+        self._add_inputs(use, call)
+        x = moments.inputs_of(call, self._n_samples).detach() if unit.heads else None
+        output.register_hook(lambda g: self._answered(unit, use, x, value, g))  # type: ignore[no-untyped-call]
+        return output
+
+    def _use(self, unit: Unit, call: Call) -> Use:
+        """Find the sums of this call: the first call of a weight is its first use, and so on."""
+        number = self._calls[unit.name]
+        self._calls[unit.name] += 1
+        uses = self.sums.uses[unit.name]
+        if number == len(uses):
+            uses.append(new_use(unit, call))
+        return uses[number]
+
+    def _add_inputs(self, use: Use, call: Call) -> None:
+        """Add to A; weights that read the very same input (q, k and v, say) share one."""
+        last = self._last_input
+        linear = last is not None and call.operation == last[1].operation == "linear"
+        if linear and last is not None and last[0] is call.input:
+            use.columns, use.positions = last[1].columns, last[1].positions
+            return
+        x = moments.inputs_of(call, self._n_samples, moments.POSITIONS_AT_MOST).detach()
+        moments.add_second_moment(use.columns, x)
+        use.positions += x.shape[0] * x.shape[2]
+        self._last_input = (call.input, use)
+
+    def _looked_up(
+        self, unit: Unit, use: Use, tokens: Tensor, value: Tensor, gradient: Tensor
+    ) -> None:
+        """Add the gradients that meet an embedding's rows."""
+        moments.add_second_moment(use.columns, gradient.reshape(1, 1, -1, gradient.shape[-1]))
+        products = (gradient * value).sum(-1).reshape(tokens.shape)
+        self._add_relevance_of_tokens(unit, tokens, products)
+
+    def _answered(
+        self, unit: Unit, use: Use, x: Tensor | None, value: Tensor, gradient: Tensor
+    ) -> None:
+        """Add the gradient's second moment and the relevance of what the weight answers."""
+        g = moments.outputs_of(unit, gradient, self._n_samples)
+        y = moments.outputs_of(unit, value, self._n_samples)
+        chosen = moments.thinned(g, moments.POSITIONS_AT_MOST) if unit.kind == "convolution" else g
+        # The sum over all positions is wanted; what was left out is like what was kept.
+        moments.add_second_moment(use.rows, chosen, g.shape[2] / chosen.shape[2])
+        products = moments.channel_products(y, g)
+        self._add_relevance(unit, products)
+        add_to(self.sums.activation, unit.name, y.abs().sum((0, 2)).flatten())
+        self.sums.outputs[unit.name] += y.shape[0] * y.shape[2]
+        add_to(self.sums.taylor, unit.name, products.abs().sum(0))
+        if x is not None:
+            weight = self._weights[unit.name + ".weight"].detach()
+            heads = moments.head_products(x, g, weight, unit.heads)
+            for label, chosen in self._by_label(heads):
+                add_to(self.sums.heads[label], unit.name, chosen.square().sum(0))
+
+    def _by_label(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield every slice label with the samples that carry it."""
+        yield ALL, values
+        if len(self._labels) == len(values):
+            for label in sorted(set(self._labels)):
+                chosen = [i for i, own in enumerate(self._labels) if own == label]
+                yield label, values[chosen]
+
+    def _add_relevance(self, unit: Unit, products: Tensor) -> None:
+        for label, chosen in self._by_label(products):
+            add_to(self.sums.channel[label], unit.name, chosen.square().sum(0))
+            whole = self.sums.whole[label]
+            whole[unit.name] = whole.get(unit.name, 0.0) + float(chosen.sum(1).square().sum())
+
+    def _add_relevance_of_tokens(self, unit: Unit, tokens: Tensor, products: Tensor) -> None:
+        for label, chosen in self._by_label(torch.arange(len(tokens))):
+            rows = moments.token_products(tokens[chosen], products[chosen], unit.rows)
+            add_to(self.sums.channel[label], unit.name, rows)
+            whole = self.sums.whole[label]
+            added = float(products[chosen].sum(1).square().sum())
+            whole[unit.name] = whole.get(unit.name, 0.0) + added
+
+
+def new_use(unit: Unit, call: Call) -> Use:
+    """Make zero sums; a diagonal where the full matrix would be too large."""
+    rows, columns = curvature_shapes(unit, call.operation)
+    return Use(call.operation, torch.zeros(rows), torch.zeros(columns))
+
+
+def curvature_shapes(unit: Unit, operation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of R and of each half of C for one use of a unit; diagonals where too large."""
+
+    def side(groups: int, size: int, limit: int) -> tuple[int, ...]:
+        return (groups * size,) if size > limit else (groups, size, size)
+
+    if operation == "embedding":
+        return (unit.rows,), side(1, unit.columns, FULL_COLUMNS_LIMIT)
+    rows = side(unit.groups, unit.rows // unit.groups, FULL_ROWS_LIMIT)
+    return rows, side(unit.groups, unit.columns, FULL_COLUMNS_LIMIT)
+
+
+def tracked(output: Tensor) -> Tensor:
+    """Start the graph at a tensor nothing before it needs gradients for.
+
+    The copy is not a leaf, so that the model may go on to change it in place.
+    """
+    return output.detach().requires_grad_().clone()
+
+
+def add_to(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """Add to what is there under a name."""
+    if name in sums:
+        sums[name] += values
+    else:
+        sums[name] = values.clone()

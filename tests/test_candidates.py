@@ -69,12 +69,15 @@ def test_a_pin_that_matches_nothing_is_refused_with_the_nearest_names():
 
 
 def priced(units, treatments, treat, price, build=build_transform):
+    def price_all(u, allowed):
+        for (name, _), made in zip(allowed, treat(u, [t for _, t in allowed]), strict=True):
+            yield made if isinstance(made, SettingError) else price(u, made, name)
+
     return menus.price_candidates(
         units,
         {u.name: treatments for u in units},
         build=build,
-        treat=treat,
-        price=price,
+        price=price_all,
         for_each=lambda work: map(work, units),
         progress=Silent(),
     )
@@ -127,25 +130,6 @@ def test_what_the_values_do_not_allow_is_refused_with_its_problem():
 def test_a_price_is_never_below_zero():
     (found,) = priced(Units((unit(8),), ()), [menus.KEEP], whole, lambda *_: -1e-9)["a.b"]
     assert found.predicted_damage == 0.0
-
-
-def test_treatments_are_priced_as_they_are_made():
-    """So that the results of a large weight are never all in memory."""
-    happened = []
-
-    def treat(u, transforms):
-        for made in whole(u, transforms):
-            happened.append("made")
-            yield made
-
-    def price(*_):
-        happened.append("priced")
-        return 1.0
-
-    treatments = menus.menu(unit(8))
-    found = priced(Units((unit(8),), ()), treatments, treat, price)["a.b"]
-    assert happened == ["made", "priced"] * len(treatments)
-    assert [(c.treatment, c.settings) for c in found] == treatments
 
 
 def test_settings_of_one_group_size_are_neighbours_on_the_menu():

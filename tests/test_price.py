@@ -10,11 +10,12 @@ from torch import nn
 
 from attar.divergence import Divergence, fit_gaussian
 from attar.explain import statistics as gathering
-from attar.explain.price import damage, rounding_moment, row_damage
+from attar.explain.price import damage, of_rows, rounding_moment, row_damage, sample_rows
 from attar.explain.statistics import gather_statistics
 from attar.load.units import list_units
 from attar.records import Curvature, Silent
 from attar.sites import substituted
+from attar.transform.quantize_rtn import QuantizeRtn
 
 
 def random(*shape, seed=0):
@@ -245,3 +246,29 @@ def test_one_use_with_a_diagonal_alone_makes_the_whole_a_diagonal():
     found = rounding_moment([full, diagonal])
     expected = full.rows_mean * full.columns.diagonal(dim1=1, dim2=2).flatten()
     assert torch.allclose(found, expected + diagonal.rows_mean * diagonal.columns, rtol=1e-5)
+
+
+def skewed(rows, columns, *, diagonal_rows):
+    """A weight whose rows differ in size, with rows that differ in worth, as tokens do."""
+    c = curvature(1, 3 if diagonal_rows else rows, columns)
+    if diagonal_rows:
+        c = replace(c, rows=1 / torch.arange(1.0, rows + 1))
+    return random(rows, columns) * torch.linspace(0.5, 2, rows)[:, None], c
+
+
+@pytest.mark.parametrize(("rows", "columns", "diagonal"), [(5000, 200, True), (900, 700, False)])
+def test_some_rows_stand_for_all_within_a_few_percent(rows, columns, diagonal):
+    weight, c = skewed(rows, columns, diagonal_rows=diagonal)
+    sample = sample_rows(weight, [c])
+    assert len(sample.rows) < 0.8 * rows and len(set(sample.rows.tolist())) == len(sample.rows)
+    assert float(sample.counts.sum()) == pytest.approx(rows, rel=1e-4)
+    for bits in (2, 4):
+        change = QuantizeRtn(bits, 0).apply(weight, None).dense - weight
+        estimate = damage(change[sample.rows], of_rows([c], sample), held_out=True)
+        assert estimate == pytest.approx(damage(change, [c], held_out=True), rel=0.06)
+
+
+def test_a_weight_of_few_rows_is_priced_whole():
+    for rows in (1, 7, 256, 319):
+        weight, c = skewed(rows, 1000, diagonal_rows=True)
+        assert sample_rows(weight, [c]) is None

@@ -1,5 +1,7 @@
 """Watching and standing in for the operations that read a weight."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +194,30 @@ def test_other_weights_give_the_answers_of_a_module_that_holds_them():
     assert torch.equal(inside, other(x))
     assert not torch.equal(inside, module(x))
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_way_back_through_made_weights_needs_none_of_them_kept(kind):
+    module = nn.Linear(3, 4) if kind == "linear" else nn.Conv2d(3, 4, 2)
+    module.requires_grad_(False)
+    other = 2 * module.weight
+    x = torch.randn(5, 3) if kind == "linear" else torch.randn(2, 3, 4, 4)
+    made = []
+
+    def make():
+        weight = other.clone()
+        made.append(weakref.ref(weight))
+        return weight
+
+    one, two = (x.clone().requires_grad_() for _ in range(2))
+    with substituted(module, {"weight": make}):
+        output = module(one)
+    assert [ref() for ref in made] == [None]
+    output.square().sum().backward()
+    module.weight.copy_(other)
+    module(two).square().sum().backward()
+    assert torch.allclose(one.grad, two.grad, **CLOSE)
+    assert all(ref() is None for ref in made) and len(made) == 2
 
 
 def test_a_substitute_of_a_tied_weight_is_used_at_every_use_and_made_anew_each_time():

@@ -1,5 +1,6 @@
 """A, G and relevance of small nets, against sums by plain loops over one sample at a time."""
 
+import gc
 import weakref
 
 import numpy as np
@@ -402,6 +403,33 @@ def test_nothing_of_earlier_data_stays_alive():
 
     gather(Noted(), [{"inputs": random(4, 3, seed=n)} for n in range(12)])
     assert len(alive) >= 12 and max(alive) <= 1
+
+
+def test_statistics_that_nobody_keeps_are_freed():
+    """The graph of the last piece holds hooks, and they the sums; a cycle that nobody can see."""
+    module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4))
+    _, found = gather(module, [{"inputs": random(8, 3)}])
+    held = weakref.ref(found.curvatures["1"][0].rows)
+    del found
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("task", ["classify", "language"])
+def test_statistics_are_the_same_on_any_number_of_threads(task):
+    module = classifier() if task == "classify" else Tied()
+    batches = [{"inputs": random(9, 3)}] if task == "classify" else [{"tokens": TOKENS}]
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gather(module, batches, task, Divergence("categorical"))[1])
+    torch.set_num_threads(before)
+    for name, (curvature, *_) in found[0].curvatures.items():
+        for other in found[1:]:
+            again = other.curvatures[name][0]
+            assert torch.equal(curvature.rows, again.rows)
+            assert torch.equal(curvature.first, again.first)
+            assert torch.equal(curvature.second, again.second)
 
 
 def test_the_module_is_left_as_it_was():

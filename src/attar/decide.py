@@ -106,10 +106,7 @@ def price_treatments(
             session.units,
             treatments,
             build=build_transform,
-            treat=lambda unit, transforms: session.treat(unit, transforms, statistics),
-            price=lambda unit, made, treatment: session.price(
-                unit, made.dense - session.weight(unit), statistics, treatment, held_out=True
-            ),
+            price=lambda unit, treatments: session.price_all(unit, treatments, statistics),
             for_each=lambda work: session.for_each_unit(work),
             progress=session.progress,
         )

@@ -14,6 +14,10 @@ from torch import Tensor
 from attar.records import Batch, Model, Units
 
 FLOAT_BYTES = 4
+# Options of glibc's malloc.h. Mapping and filling a buffer with zeros costs more than reusing one,
+# so only large ones are.
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+MAPPED_FROM_BYTES = 4 * 2**20
 # Copies of one batch's outputs alive at once: logits, their gradient, probabilities, a temporary.
 OUTPUT_COPIES = 5
 # Settings priced at once on one weight, and buffers of each (codes, scales spread, errors).
@@ -34,6 +38,17 @@ def resident_bytes() -> int:
     if not statm.exists():
         return peak_bytes()
     return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def use_little() -> None:
+    """Ask the C library (glibc) for fewer holes, before the heavy part starts.
+
+    Threads share two heaps, and a large buffer is mapped alone, so that it goes back when freed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(M_ARENA_MAX, 2)
+        set_option(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
 def release() -> None:

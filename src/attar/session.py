@@ -26,7 +26,7 @@ from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.load.model import is_factory, load_model
 from attar.load.units import list_units
-from attar.memory import release
+from attar.memory import release, use_little
 from attar.parallel import in_order, one_thread
 from attar.plan.size import parse_size
 from attar.records import (
@@ -135,19 +135,31 @@ class Session:
         """
         return self.model.task.name == "language"
 
-    def price(
-        self,
-        unit: Unit,
-        change: Tensor,
-        statistics: Statistics,
-        treatment: str,
-        *,
-        held_out: bool = False,
-    ) -> float:
+    def price(self, unit: Unit, change: Tensor, statistics: Statistics, treatment: str) -> float:
         """Nats per prediction of a change that a treatment made of a weight, `rows columns`."""
-        alone = price.damage(change, statistics.curvatures[unit.name], held_out=held_out)
-        by_unit = statistics.coherence.get(treatment, statistics.coherence.get("", {}))
-        return alone * by_unit.get(unit.name, 1.0)
+        alone = price.damage(change, statistics.curvatures[unit.name])
+        return alone * _coherence(statistics, treatment, unit)
+
+    def price_all(
+        self, unit: Unit, treatments: Sequence[tuple[str, Transform]], statistics: Statistics
+    ) -> Iterator[float | AttarError]:
+        """Price each treatment of a unit, rounded on one half of the statistics, on the other.
+
+        Of a large weight some rows stand for all.
+        """
+        weight, curvatures = self.weight(unit), statistics.curvatures[unit.name]
+        check_finite(unit, weight)
+        moment = price.rounding_moment(curvatures, held_out=True)
+        sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
+        if sample is not None:
+            weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
+        results = treat(weight, moment, [transform for _, transform in treatments])
+        for (treatment, _), made in zip(treatments, results, strict=True):
+            if isinstance(made, AttarError):
+                yield made
+            else:
+                alone = price.damage(made.dense - weight, curvatures, held_out=True)
+                yield alone * _coherence(statistics, treatment, unit)
 
     def coherence(self, statistics: Statistics) -> dict[str, dict[str, float]]:
         """Measure how much more rounding errors do when positions are summed first.
@@ -246,6 +258,11 @@ class Session:
         }
 
 
+def _coherence(statistics: Statistics, treatment: str, unit: Unit) -> float:
+    by_unit = statistics.coherence.get(treatment, statistics.coherence.get("", {}))
+    return by_unit.get(unit.name, 1.0)
+
+
 def state_hash(module: nn.Module) -> str:
     """sha256 over the names and bytes of all parameters."""
     digest = hashlib.sha256()
@@ -295,6 +312,7 @@ def open_session(
     start = time.perf_counter()
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
+    use_little()
     folded_module, folded, stays = fold_batch_norm(model.module, model.examples, model.task.forward)
     model = replace(model, module=folded_module.requires_grad_(False))
     units = list_units(model)

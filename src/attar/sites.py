@@ -109,10 +109,25 @@ def substituted(module: nn.Module, weight_of: Mapping[str, Callable[[], Tensor]]
 
     def visit(call: Call) -> Tensor:
         make = weight_of.get(call.name)
-        return call.run(None if make is None else make())
+        return call.run() if make is None else _run_with(call, make)
 
     with watched(module, visit):
         yield
+
+
+def _run_with(call: Call, make: Callable[[], Tensor]) -> Tensor:
+    """Run with a made weight; what autograd would keep of it is made again on the way back."""
+    weight = make()
+    address = weight.data_ptr()  # not the weight itself, which the hook would keep
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        return (saved.shape, saved.stride()) if saved.data_ptr() == address else saved
+
+    def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else make().as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return call.run(weight)
 
 
 def patches(call: Call, at_most: int | None = None) -> Tensor:

@@ -74,7 +74,7 @@ class Gatherer:
 
     def add(self, batch: Batch, labels: Sequence[str]) -> None:
         """Add one small batch to the sums."""
-        self._labels, self._calls, self._last_input = labels, defaultdict(int), None
+        self._labels, self._calls = labels, defaultdict(int)
         self._n_samples = len(next(iter(batch.values())))
         batch = {
             name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
@@ -90,28 +90,22 @@ class Gatherer:
         self._mark_answer(outputs)
         mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
         self._count(mask)
+        if self._divergence.family == "categorical":
+            self._add_answers(outputs.detach(), mask)
         for draw in range(self._draws):
-            gradient = self._gradient(outputs.detach(), mask, first=draw == 0)
+            gradient = drawn_gradient(self._divergence, outputs.detach(), mask, self._generator)
             outputs.backward(gradient, retain_graph=draw + 1 < self._draws)  # type: ignore[no-untyped-call]
+        # The input holds the graph, whose hooks hold this object: neither would ever be freed.
+        self._last = self._last_input = None
 
-    def _gradient(self, outputs: Tensor, mask: Tensor, *, first: bool) -> Tensor:
-        """Draw an answer for every prediction, a few at a time."""
-        gradient = torch.zeros_like(outputs)
-        for where in torch.split(mask.nonzero(), PREDICTIONS_AT_ONCE):
-            sample, position = where.unbind(1)
-            chosen = outputs[sample, position]
-            if first and self._divergence.family == "categorical":
-                self._add_answers(chosen.softmax(-1))
-            drawn = self._divergence.sampled_gradient(chosen, self._generator)
-            gradient[sample, position] = drawn
-        return gradient
-
-    def _add_answers(self, p: Tensor) -> None:
-        answers = p.sum(0)
-        spread = answers - p.square_().sum(0)
+    def _add_answers(self, outputs: Tensor, mask: Tensor) -> None:
         sums = self.sums
-        sums.answers = answers if sums.answers is None else sums.answers + answers
-        sums.spread = spread if sums.spread is None else sums.spread + spread
+        for where in torch.split(mask.nonzero(), PREDICTIONS_AT_ONCE):
+            p = outputs[where.unbind(1)].softmax(-1)
+            answers = p.sum(0)
+            spread = answers - p.square_().sum(0)
+            sums.answers = answers if sums.answers is None else sums.answers + answers
+            sums.spread = spread if sums.spread is None else sums.spread + spread
 
     def _mark_answer(self, outputs: Tensor) -> None:
         """Note which use of a weight makes the answer itself: its G is known without sampling."""
@@ -224,6 +218,22 @@ class Gatherer:
             whole = self.sums.whole[label]
             added = float(products[chosen].sum(1).square().sum())
             whole[unit.name] = whole.get(unit.name, 0.0) + added
+
+
+def drawn_gradient(
+    divergence: Divergence, outputs: Tensor, mask: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Gradient of an answer sampled for every prediction, a few predictions at a time.
+
+    Args:
+        outputs: `samples predictions width`, without a graph.
+        mask: Which of them are predictions; the gradient is 0 elsewhere.
+    """
+    gradient = torch.zeros_like(outputs)
+    for where in torch.split(mask.nonzero(), PREDICTIONS_AT_ONCE):
+        chosen = where.unbind(1)
+        gradient[chosen] = divergence.sampled_gradient(outputs[chosen], generator)
+    return gradient
 
 
 def new_use(unit: Unit, call: Call) -> Use:

@@ -11,15 +11,22 @@ https://arxiv.org/abs/1412.1193, section 6).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attar.explain.gatherer import ALL
 from attar.records import Curvature, Model, Scores, Statistics, Units
 
 ROWS_AT_ONCE = 4096
+# Rows that a large weight is priced by: this many weights of it, but not fewer rows, and no row
+# stands for more than so many (a vocabulary's rows differ widely); no sample where it saves little.
+SAMPLED_WEIGHTS = 1 << 18
+FEWEST_ROWS = 256
+MOST_ROWS_PER_SAMPLED = 12
+LARGEST_SHARE = 0.8
 
 
 def damage(
@@ -80,6 +87,60 @@ def _times_rows(rows: Tensor, change: Tensor) -> Tensor:
         return rows[:, None] * change
     by_group = change.reshape(len(rows), -1, change.shape[1])
     return (rows @ by_group).reshape(change.shape)
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Some rows of a weight that stand for all.
+
+    Attributes:
+        rows: Which.
+        counts: How many rows each stands for; 1 for those that are taken for sure.
+    """
+
+    rows: Int[Tensor, " sampled"]
+    counts: Float[Tensor, " sampled"]
+
+
+def sample_rows(
+    weight: Float[Tensor, "rows columns"], curvatures: Sequence[Curvature]
+) -> RowSample | None:
+    """Choose rows to price a large weight by; None where it is small enough to price whole.
+
+    Rows are put in order of how much they matter. The first quarter of the sample are the rows that
+    matter most; the others are taken evenly from the rest, so that each stands for its like. With
+    256 rows, a sum over rows errs by two or three percent.
+    """
+    n_rows, columns = weight.shape
+    n = max(FEWEST_ROWS, n_rows // MOST_ROWS_PER_SAMPLED, SAMPLED_WEIGHTS // columns)
+    if n > LARGEST_SHARE * n_rows:
+        return None
+    diagonals = [c.rows if c.rows.dim() == 1 else c.rows[0].diagonal() for c in curvatures]
+    means = [
+        float(c.columns.mean() if c.columns.dim() == 1 else c.columns[0].trace() / columns)
+        for c in curvatures
+    ]
+    each = sum(mean * diagonal for mean, diagonal in zip(means, diagonals, strict=True))
+    order = torch.argsort(each * weight.square().sum(1), descending=True, stable=True)
+    sure = n // 4
+    stride = (n_rows - sure) / (n - sure)
+    spread = sure + ((torch.arange(n - sure) + 0.5) * stride).long()
+    counts = torch.cat([torch.ones(sure), torch.full((n - sure,), stride)])
+    return RowSample(order[torch.cat([torch.arange(sure), spread])], counts)
+
+
+def of_rows(curvatures: Sequence[Curvature], sample: RowSample) -> tuple[Curvature, ...]:
+    """Curvature of the sampled rows, scaled so that their damage estimates that of all rows."""
+    counts, scaled = sample.counts, []
+    for curvature in curvatures:
+        if curvature.rows.dim() == 1:
+            rows = curvature.rows[sample.rows] * counts
+        else:
+            # Two rows stand for as many pairs as the product of their counts.
+            rows = curvature.rows[:, sample.rows][..., sample.rows] * counts * counts[:, None]
+            rows.diagonal(dim1=1, dim2=2).div_(counts)
+        scaled.append(Curvature(rows, curvature.first, curvature.second))
+    return tuple(scaled)
 
 
 def rounding_moment(curvatures: Sequence[Curvature], *, held_out: bool = False) -> Tensor:

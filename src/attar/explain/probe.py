@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
-from attar.explain.gatherer import tracked
+from attar.explain.gatherer import drawn_gradient, tracked
 from attar.explain.statistics import pieces
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress
@@ -67,8 +67,7 @@ def probe(
             mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
             predictions += int(mask.sum())
             for draw in range(draws):
-                gradient = torch.zeros_like(outputs)
-                gradient[mask] = divergence.sampled_gradient(outputs.detach()[mask], generator)
+                gradient = drawn_gradient(divergence, outputs.detach(), mask, generator)
                 outputs.backward(gradient, retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
         return sums, predictions
 
@@ -95,10 +94,21 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
             return output
         if not output.requires_grad:
             output = tracked(output)
-        with torch.no_grad():
-            plain = {k: v for k, v in call.arguments.items() if k != "bias"}
-            moved = call.function(**{**plain, "weight": changes[name]()})
-        output.register_hook(lambda g: _add(sums[name], call.operation, moved * g, samples))  # type: ignore[no-untyped-call]
+        plain = {k: v for k, v in call.arguments.items() if k != "bias"}
+        plain["input"] = call.input.detach()
+
+        @torch.no_grad()
+        def move() -> Tensor:
+            return call.function(**{**plain, "weight": changes[name]()})
+
+        # What is moved is as large as the output, so a language model's is made on the way back;
+        # another model may have overwritten the input by then.
+        moved = None if model.task.name == "language" else move()
+
+        def meet(g: Tensor) -> None:
+            _add(sums[name], call.operation, (move() if moved is None else moved) * g, samples)
+
+        output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output
 
     ready = {

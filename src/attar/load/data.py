@@ -20,7 +20,7 @@ from attar.records import Data
 if TYPE_CHECKING:
     from attar.records import Model, Progress
 
-OUTPUTS_PER_BATCH_BYTES = 128 * 2**20  # of float32 outputs: several copies of them live at once
+OUTPUTS_PER_BATCH_BYTES = 64 * 2**20  # of float32 outputs: several copies of them live at once
 FLOAT_BYTES = 4
 # Samples per batch at most, so that activations stay small too.
 MOST_SAMPLES: Mapping[str, int] = {"language": 8, "transcribe": 2, "classify": 8, "embed": 32}

@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from attar.errors import AttarError, PlanError
-from attar.records import Candidate, Cost, Progress, Replacement, Transform, Unit, Units
+from attar.records import Candidate, Cost, Progress, Transform, Unit, Units
 
 Treatment = tuple[str, Mapping[str, Any]]
+Price = Callable[[Unit, Sequence[tuple[str, Transform]]], Iterable[float | AttarError]]
 GROUP_SIZES = (32, 64, 128)
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
@@ -76,19 +77,19 @@ def price_candidates(
     treatments: Mapping[str, Sequence[Treatment]],
     *,
     build: Callable[[str, Mapping[str, Any]], Transform],
-    treat: Callable[[Unit, Sequence[Transform]], Iterable[Replacement | AttarError]],
-    price: Callable[[Unit, Replacement, str], float],
+    price: Price,
     for_each: Callable[[Callable[[Unit], list[Candidate]]], Iterable[list[Candidate]]],
     progress: Progress,
 ) -> dict[str, list[Candidate]]:
     """Try every treatment on every unit and price the change it makes.
 
     Args:
+        price: Nats per prediction of each treatment of a unit, or why its values do not allow it.
         for_each: Applies a function to every unit, in order; may work on several at once.
     """
 
     def price_one(unit: Unit) -> list[Candidate]:
-        return _price_unit(unit, treatments[unit.name], build, treat, price)
+        return _price_unit(unit, treatments[unit.name], build, price)
 
     candidates: dict[str, list[Candidate]] = {}
     work = {unit.name: unit.n_weights * len(treatments[unit.name]) for unit in units}
@@ -103,8 +104,7 @@ def _price_unit(
     unit: Unit,
     treatments: Sequence[Treatment],
     build: Callable[[str, Mapping[str, Any]], Transform],
-    treat: Callable[[Unit, Sequence[Transform]], Iterable[Replacement | AttarError]],
-    price: Callable[[Unit, Replacement, str], float],
+    price: Price,
 ) -> list[Candidate]:
     """Price all treatments of one unit."""
     built = [(t, build(*t)) for t in treatments]
@@ -114,22 +114,12 @@ def _price_unit(
         if (reason := transform.rejects(unit))
     ]
     allowed = [(t, transform) for t, transform in built if not transform.rejects(unit)]
-    results = treat(unit, [transform for _, transform in allowed])
-    candidates += [
-        _priced(unit, t, transform, result, price)
-        for (t, transform), result in zip(allowed, results, strict=True)
-    ]
+    prices = price(unit, [(name, transform) for (name, _), transform in allowed])
+    for (t, transform), nats in zip(allowed, prices, strict=True):
+        cost = transform.cost(unit)
+        candidates.append(
+            Candidate(unit.name, *t, cost, None, nats.problem)
+            if isinstance(nats, AttarError)
+            else Candidate(unit.name, *t, cost, max(0.0, nats))
+        )
     return candidates
-
-
-def _priced(
-    unit: Unit,
-    treatment: Treatment,
-    transform: Transform,
-    result: Replacement | AttarError,
-    price: Callable[[Unit, Replacement, str], float],
-) -> Candidate:
-    cost = transform.cost(unit)
-    if isinstance(result, AttarError):
-        return Candidate(unit.name, *treatment, cost, None, result.problem)
-    return Candidate(unit.name, *treatment, cost, max(0.0, price(unit, result, treatment[0])))

@@ -29,7 +29,7 @@ SMALL_TEXT = ("--recovery", "512", "--audit", "512")
 COMMANDS = {
     "minilm": ("--size", "25%", "--calibration", "64", *SMALL),
     "efficientnet-lite0": ("--size", "4.5MB", "--calibration", "16", *SMALL),
-    "smollm2": ("--degrid", "0", "--size", "56MB", "--calibration", "2048", *SMALL_TEXT),
+    "smollm2": ("--degrid", "0", "--size", "56MB", "--calibration", "1024", *SMALL_TEXT),
 }
 QUICK = ("--size", "40%", "--calibration", "8", *SMALL)
 

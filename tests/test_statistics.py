@@ -405,6 +405,18 @@ def test_nothing_of_earlier_data_stays_alive():
     assert len(alive) >= 12 and max(alive) <= 1
 
 
+def test_moments_kept_by_half_are_the_same(monkeypatch):
+    module, x = classifier(), random(9, 3)
+    _, whole = gather(module, [{"inputs": x}])
+    monkeypatch.setattr(gatherer, "KEPT_BY_HALF_FROM", 2)
+    _, half = gather(module, [{"inputs": x}])
+    for name in ("0", "2"):
+        (one,), (two,) = whole.curvatures[name], half.curvatures[name]
+        assert torch.allclose(one.first, two.first, **CLOSE)
+        assert torch.allclose(one.second, two.second, **CLOSE)
+        assert torch.equal(one.rows, two.rows)
+
+
 def test_statistics_that_nobody_keeps_are_freed():
     """The graph of the last piece holds hooks, and they the sums; a cycle that nobody can see."""
     module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4))

@@ -14,7 +14,7 @@ from attar.audit.fidelity import Measured, measure
 from attar.audit.verdict import judge, with_details
 from attar.decide import Decided
 from attar.errors import DataError
-from attar.explain.statistics import samples_at_once, statistics_bytes
+from attar.explain.statistics import STREAMS, samples_at_once, statistics_bytes
 from attar.export.run import class_names, continue_text
 from attar.inputs import read_tokenizer
 from attar.load.folder import load_folder, read_folder
@@ -39,7 +39,7 @@ def forecast_memory(session: Session) -> int:
         session.model,
         session.units,
         session.data.calibration,
-        samples_at_once=samples_at_once(session.model.task.name),
+        samples_at_once=STREAMS * samples_at_once(session.model.task.name),
         statistics_bytes=statistics_bytes(session.units),
         priced_weights_at_once=CHUNK_WEIGHTS,
     )

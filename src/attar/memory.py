@@ -21,7 +21,7 @@ MAPPED_FROM_BYTES = 4 * 2**20
 # Copies of one batch's outputs alive at once: logits, their gradient, probabilities, a temporary.
 OUTPUT_COPIES = 5
 # Settings priced at once on one weight, and buffers of each (codes, scales spread, errors).
-PRICED_COPIES = 40
+PRICED_COPIES = 24
 # What the allocator keeps of memory that was freed, as a share of what comes and goes.
 ALLOCATOR_SLACK = 1.25
 
@@ -105,6 +105,8 @@ def forecast(
     for name, tensor in batch.items():
         scale = max(scale, tensor[:1].numel() * samples / model.examples[name].numel())
     saved = saved_bytes(model, model.examples) / samples * scale * samples_at_once
+    if model.task.name != "language":
+        saved *= 2  # the hooks keep a copy of every output, about as much again
     with torch.no_grad():
         outputs = model.task.forward(model.module, model.examples).numel() / samples * scale
     outputs *= samples_at_once * FLOAT_BYTES * OUTPUT_COPIES

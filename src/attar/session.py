@@ -206,7 +206,7 @@ class Session:
 
         def change(name: str) -> Callable[[], Tensor]:
             weight = self.model.module.get_parameter(f"{name}.weight").detach()
-            return lambda: treated[name].weight() - weight
+            return lambda: treated[name].weight().sub_(weight)
 
         changes = {name: change(name) for name in treated}
         found = self._probe(changes, share, substitutions(treated))

@@ -12,11 +12,14 @@ from torch import Tensor
 from attar.divergence import Divergence
 from attar.errors import DataError
 from attar.explain import moments
+from attar.kernels.symmetric import Symmetric
 from attar.records import Batch, Model, Unit, Units
 from attar.sites import Call, watched
 
 # A full C of this side is 100 MB in float32, and there are two; beyond it, the diagonal only.
 FULL_COLUMNS_LIMIT = 5000
+# From this side on, C is kept without its lower half.
+KEPT_BY_HALF_FROM = 512
 # R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
 # together between rows, so what lies off the diagonal hardly changes a price.
 FULL_ROWS_LIMIT = 1024
@@ -31,7 +34,7 @@ class Use:
 
     operation: str
     rows: Tensor
-    columns: Tensor
+    columns: Tensor | Symmetric
     positions: int = 0
     is_answer: bool = False
 
@@ -185,10 +188,14 @@ class Gatherer:
         y = moments.outputs_of(unit, value, self._n_samples)
         chosen = moments.thinned(g, moments.POSITIONS_AT_MOST) if unit.kind == "convolution" else g
         # The sum over all positions is wanted; what was left out is like what was kept.
-        moments.add_second_moment(use.rows, chosen, g.shape[2] / chosen.shape[2])
-        products = moments.channel_products(y, g)
+        times, step = g.shape[2] / chosen.shape[2], moments.POSITIONS_AT_ONCE
+        for part in torch.split(chosen, step, dim=2):
+            moments.add_second_moment(use.rows, part, times)
+        parts = list(zip(torch.split(y, step, 2), torch.split(g, step, 2), strict=True))
+        products = torch.stack([moments.channel_products(*part) for part in parts]).sum(0)
         self._add_relevance(unit, products)
-        add_to(self.sums.activation, unit.name, y.abs().sum((0, 2)).flatten())
+        for part, _ in parts:
+            add_to(self.sums.activation, unit.name, part.abs().sum((0, 2)).flatten())
         self.sums.outputs[unit.name] += y.shape[0] * y.shape[2]
         add_to(self.sums.taylor, unit.name, products.abs().sum(0))
         if x is not None:
@@ -239,7 +246,13 @@ def drawn_gradient(
 def new_use(unit: Unit, call: Call) -> Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
     rows, columns = curvature_shapes(unit, call.operation)
-    return Use(call.operation, torch.zeros(rows), torch.zeros(columns))
+    kept = Symmetric(columns[1]) if kept_by_half(columns) else torch.zeros(columns)
+    return Use(call.operation, torch.zeros(rows), kept)
+
+
+def kept_by_half(columns: tuple[int, ...]) -> bool:
+    """Say whether a C of this shape is large enough to be kept without its lower half."""
+    return len(columns) == 3 and columns[0] == 1 and columns[1] >= KEPT_BY_HALF_FROM
 
 
 def curvature_shapes(unit: Unit, operation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attar.kernels.symmetric import Symmetric
 from attar.records import Unit
 from attar.sites import Call, patches
 
+# Positions taken at once where all are: products with the answers of a language model are large.
+POSITIONS_AT_ONCE = 64
 # Positions of one picture that second moments are taken over. Neighbours say nearly the same, and
 # with hundreds of pictures there are far more of them than columns.
 POSITIONS_AT_MOST = 196
@@ -56,14 +59,18 @@ def _by_sample(tensor: Tensor, samples: int) -> Tensor:
     return tensor.reshape(count, 1, -1, tensor.shape[-1])
 
 
-def add_second_moment(total: Tensor, values: Tensor, times: float = 1.0) -> None:
+def add_second_moment(total: Tensor | Symmetric, values: Tensor, times: float = 1.0) -> None:
     """Add the sum of outer products over samples and positions, in place.
 
     Args:
-        total: `groups features features`, or `features` for the diagonal (then groups are joined).
+        total: `groups features features`, or `features` for the diagonal (then groups are joined),
+            or what keeps half of one large matrix.
         values: `samples groups positions features`.
         times: How often each value counts.
     """
+    if isinstance(total, Symmetric):
+        total.add_outer(values.reshape(-1, values.shape[-1]), times)
+        return
     if total.dim() == 1:
         total += times * values.square().sum((0, 2)).flatten()
         return

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
-from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes
+from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, kept_by_half
 from attar.explain.moments import token_frequency
+from attar.kernels.symmetric import Symmetric, stored_numbers
 from attar.parallel import in_order
 from attar.records import Batch, Curvature, Model, Progress, Statistics, Units
 
@@ -152,20 +153,44 @@ def _add_all(total: dict[str, Any], more: Mapping[str, Any]) -> None:
             total[name] = total[name] + value if name in total else value
 
 
-def _curvatures(
-    pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int
-) -> dict[str, tuple[Curvature, ...]]:
+Half = Tensor | Symmetric
+
+
+class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
+    """Curvature of every unit; what is kept by half is made whole each time it is asked for."""
+
+    def __init__(self, kept: Mapping[str, tuple[tuple[Tensor, Half, Half], ...]]) -> None:
+        self._kept = kept
+
+    def __getitem__(self, name: str) -> tuple[Curvature, ...]:
+        return tuple(self._whole(*kept) for kept in self._kept[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @staticmethod
+    def _whole(rows: Tensor, first: Half, second: Half) -> Curvature:
+        one, two = (h.dense()[None] if isinstance(h, Symmetric) else h for h in (first, second))
+        return Curvature(rows, one, one if second is first else two)
+
+
+def _curvatures(pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int) -> _Curvatures:
     """Curvature of every unit; uses that share an input go on sharing its moment."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
-    return {
-        name: tuple(_curvature(pair, sums, n, draws, done) for pair in of)
-        for name, of in pairs.items()
-    }
+    done: dict[int, tuple[Half, Half]] = {}
+    return _Curvatures(
+        {
+            name: tuple(_curvature(pair, sums, n, draws, done) for pair in of)
+            for name, of in pairs.items()
+        }
+    )
 
 
 def _curvature(
-    pair: Pair, sums: Sums, n: int, draws: int, done: dict[int, tuple[Tensor, Tensor]]
-) -> Curvature:
+    pair: Pair, sums: Sums, n: int, draws: int, done: dict[int, tuple[Half, Half]]
+) -> tuple[Tensor, Half, Half]:
     """Normalise one use so that damage comes out in nats per prediction."""
     use, other = pair
     if id(use.columns) not in done:
@@ -176,13 +201,13 @@ def _curvature(
         rows, positions = rows.add_(other.rows), positions + other.positions
     if use.operation == "embedding":
         # The one-hot input is the frequency; gradients are what the columns meet.
-        return Curvature(token_frequency(rows, sums.answers) * (positions / n), first, second)
+        return token_frequency(rows, sums.answers) * (positions / n), first, second
     if use.is_answer and rows.dim() == 1 and sums.spread is not None:
-        return Curvature(sums.spread / n, first, second)
-    return Curvature(rows.div_(n * draws), first, second)
+        return sums.spread / n, first, second
+    return rows.div_(n * draws), first, second
 
 
-def _means(pair: Pair, draws: int) -> tuple[Tensor, Tensor]:
+def _means(pair: Pair, draws: int) -> tuple[Half, Half]:
     """Turn the two sums into means; a single piece of data stands for both halves."""
     means = [use.columns.div_(max(1, use.positions * draws)) for use in pair if use is not None]
     return means[0], means[-1]
@@ -195,7 +220,9 @@ def statistics_bytes(units: Units) -> int:
         for use in unit.uses:
             rows, columns = curvature_shapes(unit, use)
             # Relevance, activation and Taylor sums of each channel.
-            numbers += torch.Size(rows).numel() + 2 * torch.Size(columns).numel() + 4 * unit.rows
+            whole = torch.Size(columns).numel()
+            kept = stored_numbers(columns[1]) if kept_by_half(columns) else whole
+            numbers += torch.Size(rows).numel() + 2 * kept + 4 * unit.rows
     return numbers * torch.float32.itemsize
 
 

@@ -1,0 +1,64 @@
+"""A symmetric matrix that is summed up from outer products and kept without most of its lower half.
+
+`reference_sum` is the definition; `Symmetric` must agree with it to rounding. Its rows are cut into
+STEPS blocks, and each block is kept from its own first column on: 5/8 of the whole for four, and as
+much less to multiply.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STEPS = 4
+
+
+def reference_sum(x: Float[Tensor, "n side"]) -> Float[Tensor, "side side"]:
+    """Add the outer product of each row with itself. Slow and obvious."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+    for row in x:
+        total += torch.outer(row, row)
+    return total
+
+
+def stored_numbers(side: int) -> int:
+    """Count the numbers that are kept."""
+    bounds = _bounds(side)
+    return sum((end - start) * (side - start) for start, end in bounds)
+
+
+class Symmetric:
+    """The running sum; `dense` makes the whole matrix of it."""
+
+    def __init__(self, side: int) -> None:
+        self._bounds = _bounds(side)
+        self._blocks = [torch.zeros(end - start, side - start) for start, end in self._bounds]
+
+    def add_outer(self, x: Float[Tensor, "n side"], times: int | float = 1.0) -> None:
+        """Add `times` · xᵀ x."""
+        for (start, end), block in zip(self._bounds, self._blocks, strict=True):
+            block.addmm_(x[:, start:end].T, x[:, start:], alpha=times)
+
+    def div_(self, divisor: int | float) -> Symmetric:
+        """Divide in place."""
+        for block in self._blocks:
+            block.div_(divisor)
+        return self
+
+    def dense(self) -> Float[Tensor, "side side"]:
+        """Put the blocks in place and mirror them."""
+        side = self._blocks[0].shape[1]
+        whole = torch.empty(side, side)
+        for (start, end), block in zip(self._bounds, self._blocks, strict=True):
+            whole[start:end, start:] = block
+            whole[end:, start:end] = block[:, end - start :].T
+        return whole
+
+
+def _bounds(side: int) -> list[tuple[int, int]]:
+    """First row of each block, and the one after its last; fewer blocks of a small matrix."""
+    edges = [side * step // STEPS for step in range(STEPS + 1)]
+    return [(start, end) for start, end in pairwise(edges) if end > start]

@@ -71,8 +71,9 @@ class Setup:
 
     Attributes:
         source: "wikitext" (prices on the validation text, measured on the test text), "halves" (of
-            the raw test text: the validation text at hand spells rare words `<unk>`, which Gemma's
-            tokenizer takes for its own), or a folder of the data, which Attar splits itself.
+            the raw test text: the validation text at hand is cut into words and spells rare ones
+            `<unk>`, which Gemma's tokenizer takes for its own and which is another kind of text to
+            any language model), or a folder of the data, which Attar splits itself.
         measured: Tokens, pictures, sentences or windows that damage is measured on.
         calibration: Of the same for statistics; None for the product's default.
     """
@@ -84,7 +85,7 @@ class Setup:
 
 
 SETUPS: Mapping[str, Setup] = {
-    "smollm2": Setup("wikitext", measured=1024, degrid=0),
+    "smollm2": Setup("halves", measured=2048, degrid=0),
     "gemma3-270m": Setup("halves", measured=512, calibration=8192),
     "whisper-base": Setup("speech/librispeech_test-other", measured=6, calibration=20),
     "minilm": Setup("wikitext", measured=128),

@@ -260,10 +260,11 @@ def test_a_treatment_refused_is_a_note_with_its_reason(classifier):
     assert any("16 columns" in note and "group_size 7" in note for note in notes)
 
 
-def test_positions_are_measured_for_coherence_where_many_share_a_prediction(classifier, llama):
+def test_prices_are_held_to_the_damage_of_a_change_made_without_kronecker(classifier, llama):
     assert set(classifier[3].coherence) == {"", "quantize_feedback"}
     assert all(ratio > 0 for of in classifier[3].coherence.values() for ratio in of.values())
-    assert llama[3].coherence == {}
+    assert set(llama[3].coherence) == {""}
+    assert set(llama[3].coherence[""]) == {unit.name for unit in llama[0].units}
 
 
 def test_relevance_keeps_heads_and_slices(llama):

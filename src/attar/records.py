@@ -217,8 +217,7 @@ class Statistics:
         channel_activation: Unit name to mean |y| per output channel, `rows`.
         channel_taylor: Unit name to mean |g·y| per output channel, `rows`.
         coherence: Name of a treatment to unit name to how many times larger the damage of such a
-            change really is than with positions taken as independent; "" for any other treatment;
-            empty where positions are independent.
+            change really is than R and C, taken as independent, say; "" for any other treatment.
         n_predictions: Predictions seen.
         n_samples: Sequences or images seen, per slice label.
     """

@@ -48,6 +48,8 @@ from attar.transform.apply import Treated, build_transform, check_finite, substi
 DRAWS = {"classify": 4, "regress": 4, "embed": 4, "transcribe": 2}
 # Width of the rounding error on which coherence is measured: one that the plan often makes.
 REFERENCE_BITS = 4
+# Share of the calibration data it is measured on where every position has its prediction.
+REFERENCE_SHARE_OF_SEQUENCES = 0.25
 
 
 Result = TypeVar("Result")
@@ -162,40 +164,43 @@ class Session:
                 yield alone * _coherence(statistics, treatment, unit)
 
     def coherence(self, statistics: Statistics) -> dict[str, dict[str, float]]:
-        """Measure how much more rounding errors do when positions are summed first.
+        """Measure how much more rounding errors do than A and G, taken as independent, say.
 
-        Error feedback makes errors that cancel over what it was fitted to, so it has its own.
+        Where one prediction has many positions, errors add up over them; error feedback makes
+        errors that cancel over what it was fitted to, so it has its own factor. In a language model
+        a few tokens with huge inputs and no gradient would fill A with what does not matter.
         """
-        if self.predicts_everywhere:
-            return {}
         plain = build_transform("quantize_rtn", {"bits": REFERENCE_BITS, "group_size": 0})
+        if self.predicts_everywhere:
+            return {"": self._coherence(statistics, plain, REFERENCE_SHARE_OF_SEQUENCES)}
         fed_back = build_transform("quantize_feedback", {"bits": REFERENCE_BITS, "group_size": 0})
         return {
-            "": self._coherence(statistics, plain),
-            "quantize_feedback": self._coherence(statistics, fed_back),
+            "": self._coherence(statistics, plain, 1.0),
+            "quantize_feedback": self._coherence(statistics, fed_back, 1.0),
         }
 
-    def _coherence(self, statistics: Statistics, reference: Transform) -> dict[str, float]:
-        def make(unit: Unit) -> Tensor | None:
+    def _coherence(
+        self, statistics: Statistics, reference: Transform, share: float
+    ) -> dict[str, float]:
+        def make(unit: Unit) -> tuple[Treated, float] | None:
             made = next(self.treat(unit, [reference], statistics))
             if not isinstance(made, Replacement):
                 return None
-            return (made.dense - self.weight(unit)).half()
+            change, curvatures = made.dense - self.weight(unit), statistics.curvatures[unit.name]
+            return Treated(unit, reference, made.tensors), price.damage(
+                change, curvatures, held_out=True
+            )
 
-        made = zip(self.units, self.for_each_unit(make), strict=True)
-        changes = {unit.name: change for unit, change in made if change is not None}
+        made = [one for one in self.for_each_unit(make) if one is not None]
+        changes = {one.unit.name: self._change(one) for one, _ in made}
+        found = self._damages(self._probe(changes, share))
+        return {
+            one.unit.name: found[one.unit.name] / alone if alone > 0 else 1.0 for one, alone in made
+        }
 
-        def shaped(unit: Unit) -> Callable[[], Tensor]:
-            return lambda: changes[unit.name].float().reshape(unit.shape)
-
-        found = self._probe({u.name: shaped(u) for u in self.units if u.name in changes}, 1.0)
-        ratios = {}
-        for unit in self.units:
-            if unit.name in found:
-                curvatures = statistics.curvatures[unit.name]
-                alone = price.damage(changes[unit.name].float(), curvatures, held_out=True)
-                ratios[unit.name] = found[unit.name].coherent / alone if alone > 0 else 1.0
-        return ratios
+    def _change(self, treated: Treated) -> Callable[[], Tensor]:
+        weight = self.model.module.get_parameter(f"{treated.unit.name}.weight").detach()
+        return lambda: treated.weight().sub_(weight)
 
     def probe(self, treated: Mapping[str, Treated], share: float) -> dict[str, float]:
         """Price each unit's change where all changes have been made, in nats per prediction.
@@ -203,13 +208,10 @@ class Session:
         Args:
             share: Of the calibration batches, taken from the front.
         """
+        changes = {name: self._change(one) for name, one in treated.items()}
+        return self._damages(self._probe(changes, share, substitutions(treated)))
 
-        def change(name: str) -> Callable[[], Tensor]:
-            weight = self.model.module.get_parameter(f"{name}.weight").detach()
-            return lambda: treated[name].weight().sub_(weight)
-
-        changes = {name: change(name) for name in treated}
-        found = self._probe(changes, share, substitutions(treated))
+    def _damages(self, found: Mapping[str, Probed]) -> dict[str, float]:
         return {
             name: one.independent if self.predicts_everywhere else one.coherent
             for name, one in found.items()

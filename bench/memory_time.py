@@ -23,7 +23,7 @@ FORECAST_WITHIN = 0.25
 FORWARD_PASSES = 20
 TIMED_MODELS = ("smollm2",)
 
-PASSES = 3  # each before and after
+PASSES = 2  # each before and after
 FORWARD = "--forward"  # this script as the child that times forward passes
 COMMANDS: Mapping[str, Mapping[str, str]] = {
     "smollm2": {"degrid": "0", "size": "56MB", "calibration": "16384"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 import toy_code
 from tiny_models import LLAMA, architecture, random_model
+from torch import nn
 
 from attar import decide, writing
 from attar.errors import BudgetError, PlanError
@@ -265,6 +266,43 @@ def test_prices_are_held_to_the_damage_of_a_change_made_without_kronecker(classi
     assert all(ratio > 0 for of in classifier[3].coherence.values() for ratio in of.values())
     assert set(llama[3].coherence) == {""}
     assert set(llama[3].coherence[""]) == {unit.name for unit in llama[0].units}
+
+
+class Loud(nn.Module):
+    """One token in eight enters `wide` a hundred times larger, where nothing answers to it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.table, self.wide = nn.Embedding(16, 12), nn.Linear(12, 10)
+        self.head = nn.Linear(10, 16)
+        with torch.no_grad():
+            self.table.weight[:2] *= 100
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.wide(self.table(tokens))))
+
+
+def test_loud_inputs_that_nothing_answers_to_do_not_make_a_weight_dear():
+    module = Loud().eval().requires_grad_(False)
+    tokens = torch.randint(0, 16, (96, 32), generator=torch.Generator().manual_seed(0))
+    model = load_model(module, examples=tokens[:2], task="language")
+    session = open_session(Recipe("loud", size="1kB"), model, Silent(), {"tokens": tokens})
+    treatment = ("quantize_rtn", {"bits": 4, "group_size": 0})
+    statistics = decide.explain(session)
+    prices = {}
+    for name, known in (("held", statistics), ("alone", replace(statistics, coherence={}))):
+        found = decide.price_treatments(
+            session, known, {u.name: [treatment] for u in session.units}
+        )
+        prices[name] = found["wide"][0].predicted_damage
+    wide = session.units.named("wide")
+    small = deepcopy(session.model.module)
+    dense = build_transform(*treatment).apply(session.weight(wide), None).dense
+    small.wide.weight.data = dense.view(wide.shape)
+    measured = divergence_by_hand(session, small, session.data.audit)
+    assert prices["alone"] > 4 * measured
+    assert prices["held"] == pytest.approx(measured, rel=0.35)  # of other tokens, second order
 
 
 def test_relevance_keeps_heads_and_slices(llama):

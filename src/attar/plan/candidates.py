@@ -46,6 +46,9 @@ def group_sizes(columns: int) -> tuple[int, ...]:
     sizes = [size for size in GROUP_SIZES if columns % size == 0 and size < columns]
     if not sizes and columns > max(GROUP_SIZES):
         sizes = [size for size in range(24, 97) if columns % size == 0][-1:]
+    if columns > LONG_ROW and sizes and sizes[-1] == min(GROUP_SIZES):
+        # Small groups alone would leave the scales of a long row too many bytes.
+        sizes += [size for size in range(65, 129) if columns % size == 0][-1:]
     if columns <= LONG_ROW or not sizes:
         sizes.append(0)
     return tuple(sizes)

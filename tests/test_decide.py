@@ -305,6 +305,12 @@ def test_loud_inputs_that_nothing_answers_to_do_not_make_a_weight_dear():
     assert prices["held"] == pytest.approx(measured, rel=0.35)  # of other tokens, second order
 
 
+def test_what_the_probe_did_not_reach_keeps_its_price(llama, monkeypatch):
+    session, _, _, statistics = llama
+    monkeypatch.setattr(type(session), "_damages", lambda *_: {})
+    assert set(session.coherence(statistics)[""].values()) == {1.0}
+
+
 def test_relevance_keeps_heads_and_slices(llama):
     statistics = llama[3]
     found = decide.relevance(statistics)

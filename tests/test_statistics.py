@@ -405,6 +405,28 @@ def test_nothing_of_earlier_data_stays_alive():
     assert len(alive) >= 12 and max(alive) <= 1
 
 
+def test_a_weight_that_only_the_second_stream_uses_is_priced():
+    class Choosy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.always, self.sometimes = nn.Linear(3, 5), nn.Linear(5, 5)
+            self.head = nn.Linear(5, 4)
+
+        def forward(self, x):
+            hidden = torch.tanh(self.always(x))
+            return self.head(self.sometimes(hidden) if bool((x[:, 0] > 0).any()) else hidden)
+
+    x = random(8, 3).abs()
+    x[:4, 0] *= -1  # the first piece of four
+    model = toys.toy("classify", Choosy(), examples={"inputs": x[4:]})
+    found = gather_statistics(
+        model, list_units(model), [{"inputs": x}], FIXED, seed=0, progress=Silent()
+    )
+    (curvature,) = found.curvatures["sometimes"]
+    assert curvature.first is curvature.second and float(curvature.rows_mean) > 0
+
+
 def test_moments_kept_by_half_are_the_same(monkeypatch):
     module, x = classifier(), random(9, 3)
     _, whole = gather(module, [{"inputs": x}])

@@ -284,8 +284,8 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
     scaled = {}
     for unit in session.units:
         here = decided.plan.choices[unit.name].predicted_damage or 0.0
-        there = probed[unit.name]
-        ratio = 0.5 * (1 + there / here) if here > 0 else 1.0
+        there = probed.get(unit.name)  # None: part of the data may not reach every unit
+        ratio = 0.5 * (1 + there / here) if here > 0 and there is not None else 1.0
         scaled[unit.name] = [
             c
             if c.predicted_damage is None

@@ -194,9 +194,12 @@ class Session:
         made = [one for one in self.for_each_unit(make) if one is not None]
         changes = {one.unit.name: self._change(one) for one, _ in made}
         found = self._damages(self._probe(changes, share))
-        return {
-            one.unit.name: found[one.unit.name] / alone if alone > 0 else 1.0 for one, alone in made
-        }
+        ratios = {}
+        for one, alone in made:
+            # Part of the data may not reach every unit; what it does not reach is not free.
+            there = found.get(one.unit.name, 0.0)
+            ratios[one.unit.name] = there / alone if there > 0 and alone > 0 else 1.0
+        return ratios
 
     def _change(self, treated: Treated) -> Callable[[], Tensor]:
         weight = self.model.module.get_parameter(f"{treated.unit.name}.weight").detach()

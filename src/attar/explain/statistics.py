@@ -130,7 +130,9 @@ Pair = tuple[Use, Use | None]
 
 
 def _pairs(first: Sums, second: Sums, name: str) -> list[Pair]:
-    return list(zip_longest(first.uses[name], second.uses[name]))
+    seen = zip_longest(first.uses[name], second.uses[name])
+    # A weight that the data decides whether to use may have been used by the second stream only.
+    return [(other, None) if one is None else (one, other) for one, other in seen]
 
 
 def _joined(first: Sums, second: Sums) -> Sums:

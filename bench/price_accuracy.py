@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from input_moments import input_moments
 from kept_outputs import Kept, keep_outputs, measured_damage, other_text
 from results_file import Bench, Finding, Options, Row, Table, main, number, of_model
 from scipy.stats import spearmanr
@@ -209,6 +210,7 @@ def measure_pairs(
     pairs = draw_pairs(session.units, n)
     prices = price_pairs(session, statistics, pairs)
     kept = keep_outputs(session, batches)
+    inputs = input_moments(session, list({pair.unit.name: pair.unit for pair in pairs}.values()))
     rows = []
     with session.progress.stage("measure pairs", len(pairs)) as advance:
         for pair, price in zip(pairs, prices, strict=True):
@@ -224,7 +226,9 @@ def measure_pairs(
                         "settings": json.dumps(pair.treatment[1]),
                         "measured": measure_alone(kept, pair.unit, made),
                         "price": price,
-                        **other_criteria(pair.unit, weight, made.dense - weight, statistics),
+                        **other_criteria(
+                            pair.unit, weight, made.dense - weight, statistics, inputs
+                        ),
                     }
                 )
             advance(1)
@@ -255,28 +259,32 @@ def measure_alone(kept: Kept, unit: Unit, made: Replacement) -> float:
 
 
 def other_criteria(
-    unit: Unit, weight: Tensor, change: Tensor, statistics: Statistics
+    unit: Unit, weight: Tensor, change: Tensor, statistics: Statistics, inputs: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Say what the other criteria make of a change, on the statistics that the price is made on."""
+    """Say what the other criteria make of a change, on the data that the price is made on."""
     curvatures = statistics.curvatures[unit.name]
-    inputs = [_inputs_only(c, unit, use) for c, use in zip(curvatures, unit.uses, strict=True)]
-    local = 2 * damage(change, inputs, held_out=True)
+    plain = [
+        _inputs_only(c, unit, use, inputs) for c, use in zip(curvatures, unit.uses, strict=True)
+    ]
+    local = 2 * damage(change, plain)
     # An embedding that is only looked up has no input norm.
     power = statistics.column_power.get(unit.name, torch.ones(unit.columns))
     return {
         "local": local,
-        "relative": local / max(2 * damage(weight, inputs, held_out=True), 1e-30),
+        "relative": local / max(2 * damage(weight, plain), 1e-30),
         "magnitude": float(change.double().square().sum()),
         "wanda": float((change.abs() @ power.sqrt()).double().sum()),
     }
 
 
-def _inputs_only(curvature: Curvature, unit: Unit, operation: str) -> Curvature:
+def _inputs_only(
+    curvature: Curvature, unit: Unit, operation: str, inputs: Mapping[str, Tensor]
+) -> Curvature:
     """Keep what a use says of its inputs: A, or how often each row of an embedding is met."""
     if operation == "embedding":
         ones = torch.ones(unit.columns)
         return Curvature(curvature.rows, ones, ones)
-    return Curvature(torch.ones(unit.rows), curvature.first, curvature.second)
+    return Curvature(torch.ones(unit.rows), inputs[unit.name], inputs[unit.name])
 
 
 # ---------------------------------------------------------------------------------------------

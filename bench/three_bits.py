@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from input_moments import input_moments
 from jaxtyping import Float
 from kept_outputs import keep_outputs, measured_damage, other_text
 from results_file import Bench, Finding, Options, Row, main, median, number, of_model, spread
@@ -87,7 +88,7 @@ def measure_seed(name: str, seed: int, options: Options, progress: Progress) -> 
 def ways(session: Session, statistics: Statistics) -> Iterator[tuple[str, Weights, float]]:
     """Make the weights of each way of rounding, with the average width of a code."""
     yield "rtn", uniform_rtn(session), BITS
-    yield "gptq", uniform_gptq(session, statistics), BITS
+    yield "gptq", uniform_gptq(session), BITS
     yield "gptq_in_order", gptq_in_order(session), BITS
     uniform = follow_uniform(session, statistics)
     yield "uniform_feedback", substitutions(uniform.treated), average_bits(session, uniform)
@@ -111,14 +112,10 @@ def uniform_rtn(session: Session) -> Weights:
     return _dense(session, lambda unit: rtn.apply(session.weight(unit), None).dense)
 
 
-def uniform_gptq(session: Session, statistics: Statistics) -> Weights:
+def uniform_gptq(session: Session) -> Weights:
     """Round every linear map by GPTQ against the A of the original model."""
-
-    def rounded(unit: Unit) -> Tensor:
-        (curvature,) = statistics.curvatures[unit.name]
-        return gptq(session.weight(unit), curvature.columns[0])
-
-    return _dense(session, rounded)
+    moments = input_moments(session, linear_maps(session))
+    return _dense(session, lambda unit: gptq(session.weight(unit), moments[unit.name][0]))
 
 
 def _dense(session: Session, rounded: Callable[[Unit], Tensor]) -> Weights:

@@ -84,6 +84,16 @@ def classifier():
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
 
 
+def weighted_moment(parts, name):
+    """Mean outer product of what enters a map, each counted by its squared gradient."""
+    total, mass = 0.0, 0.0
+    for part in parts:
+        for x, g in zip(np.atleast_2d(part[name][0]), np.atleast_2d(part[name][2]), strict=True):
+            total = total + (g**2).sum() * np.outer(x, x)
+            mass += (g**2).sum()
+    return total / mass
+
+
 def test_curvature_of_linear_maps_is_what_loops_sum():
     module, x = classifier(), random(7, 3)
     _, found = gather(module, [{"inputs": x}])
@@ -92,12 +102,10 @@ def test_curvature_of_linear_maps_is_what_loops_sum():
         (curvature,) = found.curvatures[name]
         rows = sum(np.outer(p[name][2], p[name][2]) for p in parts) / 7
         # Pieces of four samples go to the first half and the second in turns.
-        first = sum(np.outer(p[name][0], p[name][0]) for p in parts[:4]) / 4
-        second = sum(np.outer(p[name][0], p[name][0]) for p in parts[4:]) / 3
         assert np.allclose(curvature.rows[0], rows, **CLOSE)
-        assert np.allclose(curvature.first[0], first, **CLOSE)
-        assert np.allclose(curvature.second[0], second, **CLOSE)
-        power = 0.5 * (first + second).diagonal()
+        assert np.allclose(curvature.first[0], weighted_moment(parts[:4], name), **CLOSE)
+        assert np.allclose(curvature.second[0], weighted_moment(parts[4:], name), **CLOSE)
+        power = sum(p[name][0] ** 2 for p in parts) / 7
         assert np.allclose(found.column_power[name], power, **CLOSE)
     assert found.n_predictions == 7 and found.n_samples == {"": 7}
 
@@ -220,8 +228,7 @@ def test_a_tied_weight_has_one_curvature_for_each_use():
     assert np.allclose(looked_up.rows, 0.5 * (counts / 15 + answers), **CLOSE)
     g = np.concatenate([p["head"][2] for p in parts])
     assert np.allclose(read.rows[0], g.T @ g / 15, **CLOSE)
-    x = parts[1]["head"][0]
-    assert np.allclose(read.second[0], x.T @ x / 5, **CLOSE)
+    assert np.allclose(read.second[0], weighted_moment(parts[1:2], "head"), **CLOSE)
 
 
 def test_relevance_of_a_token_counts_a_sample_once():
@@ -267,7 +274,7 @@ def test_columns_too_many_for_a_matrix_keep_the_diagonal(monkeypatch):
     for unit in units:
         diagonal = full[unit.name][0].first.diagonal(dim1=1, dim2=2).flatten()
         assert torch.allclose(found.curvatures[unit.name][0].first, diagonal, **CLOSE)
-        assert found.column_power[unit.name].numel() >= unit.columns
+        assert found.column_power[unit.name].shape == (unit.columns,)
 
 
 class Attention(nn.Module):
@@ -296,16 +303,63 @@ class AroundAttention(nn.Module):
 
 
 def test_maps_that_read_one_tensor_share_one_moment():
-    x = random(5, 3, 6)
-    _, found = gather(AroundAttention(), [{"inputs": x}, {"inputs": x + 1}])
-    q, k, v, o = (found.curvatures[f"attention.{name}"][0] for name in ("q", "k", "v", "o_proj"))
+    module, x = AroundAttention(), random(5, 3, 6)
+    _, found = gather(module, [{"inputs": x}, {"inputs": x + 1}])
+    names = [f"attention.{name}" for name in ("q", "k", "v")]
+    q, k, v = (found.curvatures[name][0] for name in names)
     assert q.first is k.first is v.first and q.second is k.second is v.second
-    assert o.first is not q.first
+    assert found.curvatures["attention.o_proj"][0].first is not q.first
     # Pieces of 4 and 1 samples, twice: the first half has the fours.
     halves = [torch.cat([x[:4], x[:4] + 1]), torch.cat([x[4:], x[4:] + 1])]
     for found_half, half in zip((q.first, q.second), halves, strict=True):
-        flat = half.reshape(-1, 6)
-        assert torch.allclose(found_half[0], flat.T @ flat / len(flat), **CLOSE)
+        parts = by_hand(module, half)
+        total = sum(
+            (g**2).sum() * np.outer(a, a)
+            for part in parts
+            for name in names
+            for a, g in zip(part[name][0], part[name][2], strict=True)
+        )
+        mass = sum((part[name][2] ** 2).sum() for part in parts for name in names)
+        assert np.allclose(found_half[0], total / mass, **CLOSE)
+
+
+def test_an_input_whose_answer_does_not_matter_does_not_count():
+    class Ignores(nn.Module):
+        """The second half of the positions is thrown away; they have inputs of any size."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.map, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.map(x)[:, :2].mean(1)))
+
+    x = random(6, 4, 3)
+    x[:, 2:] *= 1e4
+    _, found = gather(Ignores(), [{"inputs": x}])
+    _, kept = gather(Ignores(), [{"inputs": x[:, :2]}])
+    assert torch.allclose(
+        found.curvatures["map"][0].columns, kept.curvatures["map"][0].columns, **CLOSE
+    )
+    assert float(found.column_power["map"].mean()) > 1e6  # but all inputs are there
+
+
+def test_a_map_whose_answer_is_thrown_away_has_no_moment():
+    class Wasteful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.used, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            self.unused(x + 1)
+            return self.used(x)
+
+    _, found = gather(Wasteful(), [{"inputs": random(6, 3)}])
+    (curvature,) = found.curvatures["unused"]
+    assert float(curvature.columns.abs().sum()) == float(curvature.rows.abs().sum()) == 0
+    assert float(found.column_power["unused"].min()) > 0
 
 
 def test_relevance_of_heads_is_the_slope_of_scaling_each():

@@ -77,9 +77,10 @@ def test_a_convolution_and_a_linear_map_that_read_one_tensor_do_not_share_a_mome
     x = random(4, 4, 4)
     _, found = gather(ReadsTwice(), [{"inputs": x}])
     flat = x.reshape(-1, 4)
-    assert torch.allclose(
-        found.curvatures["linear"][0].columns[0], flat.T @ flat / len(flat), **CLOSE
-    )
+    assert torch.allclose(found.column_power["linear"], flat.square().mean(0), **CLOSE)
+    along_channels = found.column_power["convolution"]
+    assert torch.allclose(along_channels, x.square().mean((0, 2)), **CLOSE)
+    assert found.curvatures["convolution"][0].first is not found.curvatures["linear"][0].first
 
 
 class OwnParameter(nn.Module):

@@ -178,7 +178,8 @@ class Curvature:
     """One Kronecker term of the Fisher information of one weight, per prediction.
 
     damage(dW) = 1/2 · trace(R dW C dWᵀ), nats per prediction. For a linear map R is G (output
-    side) and C is A (input side); for an embedding R is the frequency of each token and C is G.
+    side) and C is A (input side, each input counted by the squared gradient that answers it); for
+    an embedding R is the frequency of each token and C is G.
     C is kept as two halves from different samples: what was rounded on one is priced on the other.
 
     Attributes:
@@ -209,7 +210,7 @@ class Statistics:
 
     Attributes:
         curvatures: Unit name to its terms, one for each use of the weight.
-        column_power: Unit name to E[x²] per column (diagonal of A), `columns`.
+        column_power: Unit name to E[x²] per column, all inputs counted alike, `columns`.
         channel_relevance: Slice label ("" = all data) to unit name to nats lost per prediction
             when one output channel (an embedding: one row) is set to zero, `rows`.
         unit_relevance: Slice label to unit name to nats lost when the whole output is zero.

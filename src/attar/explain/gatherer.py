@@ -29,14 +29,47 @@ ALL = ""  # the slice that holds every sample
 
 
 @dataclass
+class Columns:
+    """Running sums over what meets the columns of a weight; weights that read one input share them.
+
+    Attributes:
+        moment: Of inputs, each counted as much as the gradient that answers it is large; of
+            gradients, where the input is a token.
+        mass: What `moment` is divided by to make it a mean.
+        power: Sum of squares of what enters each column, all counted alike; 0 for tokens.
+        positions: How many inputs were seen.
+    """
+
+    moment: Tensor | Symmetric
+    power: Tensor
+    mass: float = 0.0
+    positions: int = 0
+
+
+@dataclass
 class Use:
     """Running sums of one use of one weight."""
 
     operation: str
     rows: Tensor
-    columns: Tensor | Symmetric
-    positions: int = 0
+    columns: Columns
     is_answer: bool = False
+
+
+@dataclass
+class Held:
+    """An input that waits until the gradients of all weights that read it have come.
+
+    Attributes:
+        x: `samples 1 positions columns`.
+        awaited: Gradients still to come.
+        weights: Sum of the squared gradients at each position so far, `samples 1 positions`.
+    """
+
+    x: Tensor
+    columns: Columns
+    awaited: int
+    weights: Tensor | float = 0.0
 
 
 @dataclass
@@ -73,7 +106,8 @@ class Gatherer:
         self._n_samples = 0
         self._calls: dict[str, int] = {}
         self._last: tuple[Use, Tensor] | None = None
-        self._last_input: tuple[Tensor, Use] | None = None
+        self._last_input: tuple[Tensor, Held] | None = None
+        self._held: list[Held] = []
 
     def add(self, batch: Batch, labels: Sequence[str]) -> None:
         """Add one small batch to the sums."""
@@ -98,8 +132,11 @@ class Gatherer:
         for draw in range(self._draws):
             gradient = drawn_gradient(self._divergence, outputs.detach(), mask, self._generator)
             outputs.backward(gradient, retain_graph=draw + 1 < self._draws)  # type: ignore[no-untyped-call]
+        for held in self._held:
+            add_held(held)  # some answer it was read for never mattered
         # The input holds the graph, whose hooks hold this object: neither would ever be freed.
         self._last = self._last_input = None
+        self._held.clear()
 
     def _add_answers(self, outputs: Tensor, mask: Tensor) -> None:
         sums = self.sums
@@ -143,12 +180,13 @@ class Gatherer:
             # Positions, say, are looked up once for all samples: then there is one row of them.
             tokens = call.input.reshape(len(call.input) if call.input.dim() > 1 else 1, -1)
             use.rows += torch.bincount(tokens.flatten(), minlength=unit.rows)
-            use.positions += tokens.numel()
+            use.columns.positions += tokens.numel()
             output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))  # type: ignore[no-untyped-call]
             return output
-        self._add_inputs(use, call)
-        x = moments.inputs_of(call, self._n_samples).detach() if unit.heads else None
-        output.register_hook(lambda g: self._answered(unit, use, x, value, g))  # type: ignore[no-untyped-call]
+        held = self._hold(use, call, in_place) if call.operation == "linear" else None
+        if held is None:
+            self._add_inputs(use, call)
+        output.register_hook(lambda g: self._answered(unit, use, held, value, g))  # type: ignore[no-untyped-call]
         return output
 
     def _use(self, unit: Unit, call: Call) -> Use:
@@ -161,27 +199,43 @@ class Gatherer:
         return uses[number]
 
     def _add_inputs(self, use: Use, call: Call) -> None:
-        """Add to A; weights that read the very same input (q, k and v, say) share one."""
-        last = self._last_input
-        linear = last is not None and call.operation == last[1].operation == "linear"
-        if linear and last is not None and last[0] is call.input:
-            use.columns, use.positions = last[1].columns, last[1].positions
-            return
+        """Add the input of a convolution, all positions alike."""
         x = moments.inputs_of(call, self._n_samples, moments.POSITIONS_AT_MOST).detach()
-        moments.add_second_moment(use.columns, x)
-        use.positions += x.shape[0] * x.shape[2]
-        self._last_input = (call.input, use)
+        moments.add_second_moment(use.columns.moment, x)
+        use.columns.mass += x.shape[0] * x.shape[2]
+        self._count_inputs(use.columns, x)
+
+    def _hold(self, use: Use, call: Call, in_place: bool) -> Held:
+        """Keep the input of a linear map; weights that read the very same one share its sums."""
+        last = self._last_input
+        if last is not None and last[0] is call.input:
+            held = last[1]
+            use.columns = held.columns
+            held.awaited += self._draws
+            return held
+        x = moments.inputs_of(call, self._n_samples).detach()
+        held = Held(x.clone() if in_place else x, use.columns, self._draws)
+        self._count_inputs(use.columns, x)
+        self._last_input = (call.input, held)
+        self._held.append(held)
+        return held
+
+    def _count_inputs(self, columns: Columns, x: Tensor) -> None:
+        columns.power += x.square().sum((0, 2)).flatten()
+        columns.positions += x.shape[0] * x.shape[2]
 
     def _looked_up(
         self, unit: Unit, use: Use, tokens: Tensor, value: Tensor, gradient: Tensor
     ) -> None:
         """Add the gradients that meet an embedding's rows."""
-        moments.add_second_moment(use.columns, gradient.reshape(1, 1, -1, gradient.shape[-1]))
+        meets = gradient.reshape(1, 1, -1, gradient.shape[-1])
+        moments.add_second_moment(use.columns.moment, meets)
+        use.columns.mass += tokens.numel()
         products = (gradient * value).sum(-1).reshape(tokens.shape)
         self._add_relevance_of_tokens(unit, tokens, products)
 
     def _answered(
-        self, unit: Unit, use: Use, x: Tensor | None, value: Tensor, gradient: Tensor
+        self, unit: Unit, use: Use, held: Held | None, value: Tensor, gradient: Tensor
     ) -> None:
         """Add the gradient's second moment and the relevance of what the weight answers."""
         g = moments.outputs_of(unit, gradient, self._n_samples)
@@ -198,11 +252,13 @@ class Gatherer:
             add_to(self.sums.activation, unit.name, part.abs().sum((0, 2)).flatten())
         self.sums.outputs[unit.name] += y.shape[0] * y.shape[2]
         add_to(self.sums.taylor, unit.name, products.abs().sum(0))
-        if x is not None:
+        if held is not None and unit.heads:
             weight = self._weights[unit.name + ".weight"].detach()
-            heads = moments.head_products(x, g, weight, unit.heads)
+            heads = moments.head_products(held.x, g, weight, unit.heads)
             for label, chosen in self._by_label(heads):
                 add_to(self.sums.heads[label], unit.name, chosen.square().sum(0))
+        if held is not None:
+            meet(held, g)
 
     def _by_label(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield every slice label with the samples that carry it."""
@@ -227,6 +283,23 @@ class Gatherer:
             whole[unit.name] = whole.get(unit.name, 0.0) + added
 
 
+def meet(held: Held, gradient: Tensor) -> None:
+    """Count each input by the gradient that answers it; add it when the last one has come."""
+    held.weights = held.weights + gradient.square().sum(-1)
+    held.awaited -= 1
+    if held.awaited == 0:
+        add_held(held)
+
+
+def add_held(held: Held) -> None:
+    """Add an input to the sums, once."""
+    if isinstance(held.weights, Tensor):  # a float where no gradient came, or it is added already
+        scaled = held.x * held.weights.sqrt()[..., None]
+        moments.add_second_moment(held.columns.moment, scaled)
+        held.columns.mass += float(held.weights.double().sum())
+    held.x, held.weights = held.x[:0], 0.0
+
+
 def drawn_gradient(
     divergence: Divergence, outputs: Tensor, mask: Tensor, generator: torch.Generator
 ) -> Tensor:
@@ -247,7 +320,8 @@ def new_use(unit: Unit, call: Call) -> Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
     rows, columns = curvature_shapes(unit, call.operation)
     kept = Symmetric(columns[1]) if kept_by_half(columns) else torch.zeros(columns)
-    return Use(call.operation, torch.zeros(rows), kept)
+    power = torch.zeros(0 if call.operation == "embedding" else unit.groups * unit.columns)
+    return Use(call.operation, torch.zeros(rows), Columns(kept, power))
 
 
 def kept_by_half(columns: tuple[int, ...]) -> bool:

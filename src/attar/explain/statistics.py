@@ -8,6 +8,13 @@ Source: Martens and Grosse 2015, Optimizing neural networks with Kronecker-facto
 curvature, https://arxiv.org/abs/1503.05671, section 3; convolutions as in Grosse and Martens 2016,
 https://arxiv.org/abs/1602.01407, eq. 31 (positions taken as independent); embeddings and tied
 weights by applying the same sum to one-hot inputs.
+
+A of a linear map differs: an input counts as much as the squared gradient that answers it, A =
+E[|g|² x xᵀ] / E[|g|²], which is exact for errors that are alike in all rows. Plain E[x xᵀ] fills
+with what does not matter where a few tokens have huge inputs and no gradient. Source: Kim et al.
+2025, GuidedQuant, https://arxiv.org/abs/2505.07004, eq. 7 with one group of output channels. We
+sample the answer from the model instead of taking it from the data, and weights that read one
+input share one A, weighted by the gradients of all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, k
 from attar.explain.moments import token_frequency
 from attar.kernels.symmetric import Symmetric, stored_numbers
 from attar.parallel import in_order
-from attar.records import Batch, Curvature, Model, Progress, Statistics, Units
+from attar.records import Batch, Curvature, Model, Progress, Statistics, Unit, Units
 
 # What one stream saw is priced against what the other saw.
 STREAMS = 2
@@ -104,15 +111,10 @@ def _result(units: Units, first: Sums, second: Sums, draws: int) -> Statistics:
             for label, of in by_label.items()
         }
 
-    curvatures = _curvatures(pairs, sums, n, draws)
-    reads = {unit.name: [use != "embedding" for use in unit.uses] for unit in units}
+    power = {unit.name: _power(unit, pairs[unit.name]) for unit in units}
     return Statistics(
-        curvatures=curvatures,
-        column_power={
-            name: _power(curvatures[name][linear.index(True)])
-            for name, linear in reads.items()
-            if any(linear)
-        },
+        curvatures=_curvatures(pairs, sums, n, draws),
+        column_power={name: mean for name, mean in power.items() if mean is not None},
         channel_relevance=per_prediction(sums.channel),
         unit_relevance=per_prediction(sums.whole),
         head_relevance=per_prediction(sums.heads),
@@ -196,11 +198,11 @@ def _curvature(
     """Normalise one use so that damage comes out in nats per prediction."""
     use, other = pair
     if id(use.columns) not in done:
-        done[id(use.columns)] = _means(pair, draws if use.operation == "embedding" else 1)
+        done[id(use.columns)] = _means(pair)
     first, second = done[id(use.columns)]
-    rows, positions = use.rows, use.positions
+    rows, positions = use.rows, use.columns.positions
     if other is not None:
-        rows, positions = rows.add_(other.rows), positions + other.positions
+        rows, positions = rows.add_(other.rows), positions + other.columns.positions
     if use.operation == "embedding":
         # The one-hot input is the frequency; gradients are what the columns meet.
         return token_frequency(rows, sums.answers) * (positions / n), first, second
@@ -209,9 +211,10 @@ def _curvature(
     return rows.div_(n * draws), first, second
 
 
-def _means(pair: Pair, draws: int) -> tuple[Half, Half]:
+def _means(pair: Pair) -> tuple[Half, Half]:
     """Turn the two sums into means; a single piece of data stands for both halves."""
-    means = [use.columns.div_(max(1, use.positions * draws)) for use in pair if use is not None]
+    seen = [use.columns for use in pair if use is not None]
+    means = [columns.moment.div_(columns.mass or 1.0) for columns in seen]
     return means[0], means[-1]
 
 
@@ -228,7 +231,12 @@ def statistics_bytes(units: Units) -> int:
     return numbers * torch.float32.itemsize
 
 
-def _power(curvature: Curvature) -> Tensor:
-    """E[x²] per column, mean over groups."""
-    columns = curvature.columns
-    return columns if columns.dim() == 1 else columns.diagonal(dim1=1, dim2=2).mean(0)
+def _power(unit: Unit, pairs: Sequence[Pair]) -> Tensor | None:
+    """E[x²] per column in the first use that has inputs, mean over groups; None if none has."""
+    for pair in pairs:
+        if pair[0].operation != "embedding":
+            seen = [use.columns for use in pair if use is not None]
+            total = torch.stack([columns.power for columns in seen]).sum(0)
+            mean = total / sum(columns.positions for columns in seen)
+            return mean.reshape(unit.groups, -1).mean(0)
+    return None

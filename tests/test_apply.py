@@ -41,12 +41,16 @@ CHOICES = {
 }
 
 
-def applied(module, choices=CHOICES, moment=lambda unit: None, price=lambda unit, change: 0.0):
+def nothing(unit):
+    return None, None
+
+
+def applied(module, choices=CHOICES, known=nothing, price=lambda unit, change: 0.0):
     return apply_choices(
         module,
         UNITS,
         choices,
-        moment=moment,
+        known=known,
         price=price,
         for_each=lambda work: map(work, UNITS),
         progress=Silent(),
@@ -83,7 +87,7 @@ def test_the_receipt_says_what_was_stored_and_at_what_price():
 def test_each_unit_is_rounded_with_its_own_moment():
     module, c = net(), random(1, 16, 40)
     c = c @ c.transpose(1, 2) / 40
-    treated, _ = applied(module, moment=lambda unit: c if unit.name == "2" else None)
+    treated, _ = applied(module, known=lambda unit: (c if unit.name == "2" else None, None))
     transform = build_transform("quantize_feedback", {"bits": 3, "group_size": 8})
     expected = transform.apply(module[2].weight.detach(), c).dense
     assert torch.equal(treated["2"].weight(), expected)
@@ -111,7 +115,7 @@ def test_ties_stay_ties_in_the_copy():
         module,
         Units((unit,), ()),
         {"table": choice},
-        moment=lambda unit: None,
+        known=nothing,
         price=lambda unit, change: 0.0,
         for_each=lambda work: map(work, (unit,)),
         progress=Silent(),

@@ -21,6 +21,8 @@ UNITS = (
     Unit("conv", "convolution", (8, 3, 3, 3), ("convolution",), macs=8 * 27 * 49),
     Unit("depthwise", "convolution", (6, 1, 5, 5), ("convolution",), groups=6, macs=150),
     Unit("embedding", "embedding", (11, 32), ("embedding", "linear")),
+    Unit("tall", "embedding", (520, 33), ("embedding", "linear")),
+    Unit("wide", "linear", (65, 256), ("linear",), macs=65 * 256),
 )
 # Values to try for settings of these names; others keep their default.
 TRIED = {

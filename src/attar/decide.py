@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from attar import writing
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
-from attar.explain.price import rounding_moment
+from attar.explain.price import rounding_moment, row_weights
 from attar.plan import candidates as menus
 from attar.plan.solve import smallest, solve, weight_bytes
 from attar.records import (
@@ -18,6 +20,7 @@ from attar.records import (
     Plan,
     Receipt,
     Round,
+    RowWeights,
     Statistics,
     Unit,
 )
@@ -85,14 +88,11 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     """Try every treatment of the menu on every unit."""
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
-    return price_treatments(
-        session,
-        statistics,
-        {
-            unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menus.menu(unit)
-            for unit in session.units
-        },
-    )
+    treatments = {
+        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menus.menu(unit, build_transform)
+        for unit in session.units
+    }
+    return price_treatments(session, statistics, treatments)
 
 
 def price_treatments(
@@ -215,15 +215,16 @@ def _carry_out(
 ) -> Decided:
     """Treat every weight as chosen, and weigh what would be written."""
 
-    def moment(unit: Unit) -> object:
-        return rounding_moment(statistics.curvatures[unit.name])
+    def known(unit: Unit) -> tuple[Tensor, RowWeights]:
+        curvatures = statistics.curvatures[unit.name]
+        return rounding_moment(curvatures), row_weights(curvatures)
 
     with session.timed("transform"):
         treated, applied = apply_choices(
             session.model.module,
             session.units,
             choices,
-            moment=moment,  # type: ignore[arg-type]
+            known=known,
             price=lambda unit, change: session.price(
                 unit, change, statistics, choices[unit.name].treatment
             ),

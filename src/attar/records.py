@@ -203,6 +203,13 @@ class Curvature:
         diagonal = self.rows if self.rows.dim() == 1 else self.rows.diagonal(dim1=1, dim2=2)
         return float(diagonal.double().mean())
 
+    @property
+    def columns_mean(self) -> float:
+        """Mean of the column factor's diagonal."""
+        halves = (self.first, self.second)
+        diagonals = [h if h.dim() == 1 else h.diagonal(dim1=1, dim2=2) for h in halves]
+        return sum(float(diagonal.double().mean()) for diagonal in diagonals) / 2
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -265,16 +272,39 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class RowWeights:
+    """What a treatment is told of a weight's rows.
+
+    Attributes:
+        importance: How much a squared error in each row counts, `rows`, any positive scale.
+        counts: How many rows each stands for, `rows`: not 1 where some were sampled.
+    """
+
+    importance: Tensor
+    counts: Tensor
+
+
+@runtime_checkable
+class Unpacked(Protocol):
+    """A weight in little memory, a short way from float."""
+
+    def dense(self) -> Tensor:
+        """Make it float32, `rows columns`."""
+
+
+@dataclass(frozen=True)
 class Replacement:
     """What is stored for a unit, and the float weight it stands for.
 
     Attributes:
         tensors: Name to stored tensor; exactly what the file will hold.
         dense: `rows columns`, float32: what the stored tensors decode to.
+        unpacked: What decoding makes `dense` of, where getting so far takes long.
     """
 
     tensors: Mapping[str, Tensor]
     dense: Float[Tensor, "rows columns"]
+    unpacked: Unpacked | None = None
 
 
 @runtime_checkable
@@ -287,13 +317,16 @@ class Transform(Protocol):
     def cost(self, unit: Unit) -> Cost:
         """Exact stored bytes and multiply-accumulates, from shapes alone."""
 
-    def apply(self, weight: Tensor, moment: Tensor | None) -> Replacement:
+    def apply(
+        self, weight: Tensor, moment: Tensor | None, rows: RowWeights | None = None
+    ) -> Replacement:
         """Treat a weight.
 
         Args:
             weight: `rows columns`, float32, finite.
             moment: Second moment on the column side, `groups columns columns` or `columns`
                 (diagonal), any positive scale; rows split evenly over groups. None: unknown.
+            rows: How much each row counts. None: unknown.
         """
 
     def decode(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:

@@ -50,7 +50,8 @@ DRAWS = {"classify": 4, "regress": 4, "embed": 4, "transcribe": 2}
 REFERENCE_BITS = 4
 # Share of the calibration data it is measured on where every position has its prediction.
 REFERENCE_SHARE_OF_SEQUENCES = 0.25
-
+# Treatments whose errors cancel over what they were fitted to.
+FEEDS_BACK = ("quantize_feedback", "quantize_entropy")
 
 Result = TypeVar("Result")
 
@@ -153,9 +154,11 @@ class Session:
         check_finite(unit, weight)
         moment = price.rounding_moment(curvatures, held_out=True)
         sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
+        rows = price.row_weights(curvatures, sample)
         if sample is not None:
             weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
-        results = treat(weight, moment, [transform for _, transform in treatments])
+        transforms = [transform for _, transform in treatments]
+        results = treat(weight, moment, transforms, rows, for_price=True)
         for (treatment, _), made in zip(treatments, results, strict=True):
             if isinstance(made, AttarError):
                 yield made
@@ -187,7 +190,7 @@ class Session:
             if not isinstance(made, Replacement):
                 return None
             change, curvatures = made.dense - self.weight(unit), statistics.curvatures[unit.name]
-            return Treated(unit, reference, made.tensors), price.damage(
+            return Treated(unit, reference, made.tensors, made.unpacked), price.damage(
                 change, curvatures, held_out=True
             )
 
@@ -241,8 +244,9 @@ class Session:
         """Try treatments on a unit's weight, rounded on the first half of the statistics."""
         weight = self.weight(unit)
         check_finite(unit, weight)
-        moment = price.rounding_moment(statistics.curvatures[unit.name], held_out=True)
-        return treat(weight, moment, transforms)
+        curvatures = statistics.curvatures[unit.name]
+        moment = price.rounding_moment(curvatures, held_out=True)
+        return treat(weight, moment, transforms, price.row_weights(curvatures))
 
     def leftovers(self) -> dict[str, Tensor]:
         """Tensors no plan decides about, in the format they are stored in."""
@@ -264,7 +268,8 @@ class Session:
 
 
 def _coherence(statistics: Statistics, treatment: str, unit: Unit) -> float:
-    by_unit = statistics.coherence.get(treatment, statistics.coherence.get("", {}))
+    kind = "quantize_feedback" if treatment in FEEDS_BACK else treatment
+    by_unit = statistics.coherence.get(kind, statistics.coherence.get("", {}))
     return by_unit.get(unit.name, 1.0)
 
 

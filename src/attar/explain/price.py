@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attar.explain.gatherer import ALL
-from attar.records import Curvature, Model, Scores, Statistics, Units
+from attar.records import Curvature, Model, RowWeights, Scores, Statistics, Units
 
 ROWS_AT_ONCE = 4096
 # Rows that a large weight is priced by: this many weights of it, but not fewer rows, and no row
@@ -115,13 +115,8 @@ def sample_rows(
     n = max(FEWEST_ROWS, n_rows // MOST_ROWS_PER_SAMPLED, SAMPLED_WEIGHTS // columns)
     if n > LARGEST_SHARE * n_rows:
         return None
-    diagonals = [c.rows if c.rows.dim() == 1 else c.rows[0].diagonal() for c in curvatures]
-    means = [
-        float(c.columns.mean() if c.columns.dim() == 1 else c.columns[0].trace() / columns)
-        for c in curvatures
-    ]
-    each = sum(mean * diagonal for mean, diagonal in zip(means, diagonals, strict=True))
-    order = torch.argsort(each * weight.square().sum(1), descending=True, stable=True)
+    importance = row_weights(curvatures).importance
+    order = torch.argsort(importance * weight.square().sum(1), descending=True, stable=True)
     sure = n // 4
     stride = (n_rows - sure) / (n - sure)
     spread = sure + ((torch.arange(n - sure) + 0.5) * stride).long()
@@ -167,6 +162,22 @@ def rounding_moment(curvatures: Sequence[Curvature], *, held_out: bool = False) 
     for term in terms[1:]:
         total = total + term
     return total
+
+
+def row_weights(curvatures: Sequence[Curvature], sample: RowSample | None = None) -> RowWeights:
+    """How much a squared error in each row counts, over the uses of the weight.
+
+    Args:
+        sample: Give the rows of this sample only.
+    """
+    total = torch.zeros(())
+    for curvature in curvatures:
+        rows = curvature.rows
+        diagonal = rows if rows.dim() == 1 else rows.diagonal(dim1=1, dim2=2).flatten()
+        total = total + diagonal * curvature.columns_mean
+    if sample is None:
+        return RowWeights(total, torch.ones_like(total))
+    return RowWeights(total[sample.rows], sample.counts)
 
 
 def _noise(curvature: Curvature, *, held_out: bool) -> float:

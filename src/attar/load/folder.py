@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attar.errors import ModelError
 from attar.load.builders import TASKS, build_empty, fill
 from attar.load.fold import fold_again
+from attar.parallel import in_order
 from attar.records import Architecture, Model, Transform
 
 VERSION = 1
@@ -103,11 +104,8 @@ def load_folder(folder: AttarFolder, module: nn.Module | None = None) -> Model:
         module = _empty(folder, architecture)
     module = fold_again(module, described.get("folded", ()))
     state = {name: tensor.float() for name, tensor in folder.leftovers.items()}
-    for name, stored in folder.tensors.items():
-        rows, *rest = folder.shapes[name]
-        columns = int(torch.Size(rest).numel())
-        dense = folder.transforms[name].decode(stored, rows, columns)
-        state[f"{name}.weight"] = dense.view(folder.shapes[name])
+    for name, dense in in_order(lambda name: _decoded(folder, name), folder.tensors):
+        state[f"{name}.weight"] = dense
     _match_dtypes(module, state)
     return Model(
         module=fill(module, state),
@@ -120,6 +118,13 @@ def load_folder(folder: AttarFolder, module: nn.Module | None = None) -> Model:
         examples=_examples(described["examples"]),
         source_bytes=described["source_bytes"],
     )
+
+
+def _decoded(folder: AttarFolder, name: str) -> tuple[str, Tensor]:
+    shape = folder.shapes[name]
+    columns = int(torch.Size(shape[1:]).numel())
+    dense = folder.transforms[name].decode(folder.tensors[name], shape[0], columns)
+    return name, dense.view(shape)
 
 
 def _examples(described: Mapping[str, Any]) -> dict[str, Tensor]:

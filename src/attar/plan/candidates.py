@@ -11,8 +11,12 @@ from attar.errors import AttarError, PlanError
 from attar.records import Candidate, Cost, Progress, Transform, Unit, Units
 
 Treatment = tuple[str, Mapping[str, Any]]
+Build = Callable[[str, Mapping[str, Any]], Transform]
 Price = Callable[[Unit, Sequence[tuple[str, Transform]]], Iterable[float | AttarError]]
 GROUP_SIZES = (32, 64, 128)
+# Widths that a plan mixes where a bit can be cut in parts.
+AVERAGE_BITS = (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7)
+FIXED_BITS = (4, 8)
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
@@ -20,8 +24,18 @@ LONG_ROW = 512
 LARGE_WEIGHT = 4_000_000
 
 
-def menu(unit: Unit) -> list[Treatment]:
-    """List the treatments worth pricing for a unit: two families, and leaving it in 16 bits."""
+def menu(unit: Unit, build: Build) -> list[Treatment]:
+    """List the treatments worth pricing for a unit: rounding, zeroing, and leaving it in 16 bits.
+
+    Where codes can be range coded, codes of a fixed width hardly ever are the better choice.
+    """
+    coded: list[Treatment] = [("quantize_entropy", {"bits": bits}) for bits in AVERAGE_BITS]
+    if build(*coded[0]).rejects(unit) is None:
+        size = group_sizes(unit.columns)[-1]
+        fixed: list[Treatment] = [
+            ("quantize_feedback", {"bits": bits, "group_size": size}) for bits in FIXED_BITS
+        ]
+        return [*coded, *fixed, *_zeroed(unit), KEEP]
     sizes = group_sizes(unit.columns)
     if unit.n_weights > LARGE_WEIGHT:  # one setting of such a weight takes seconds
         sizes = sizes[-1:]
@@ -79,7 +93,7 @@ def price_candidates(
     units: Units,
     treatments: Mapping[str, Sequence[Treatment]],
     *,
-    build: Callable[[str, Mapping[str, Any]], Transform],
+    build: Build,
     price: Price,
     for_each: Callable[[Callable[[Unit], list[Candidate]]], Iterable[list[Candidate]]],
     progress: Progress,
@@ -106,7 +120,7 @@ def price_candidates(
 def _price_unit(
     unit: Unit,
     treatments: Sequence[Treatment],
-    build: Callable[[str, Mapping[str, Any]], Transform],
+    build: Build,
     price: Price,
 ) -> list[Candidate]:
     """Price all treatments of one unit."""

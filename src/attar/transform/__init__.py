@@ -3,6 +3,7 @@
 from typing import Any
 
 from attar.transform.keep_float import KeepFloat
+from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
 from attar.transform.quantize_rtn import QuantizeRtn
 from attar.transform.zero_n_m import ZeroNM
@@ -10,6 +11,7 @@ from attar.transform.zero_unstructured import ZeroUnstructured
 
 TRANSFORMS: dict[str, type[Any]] = {
     "keep_float": KeepFloat,
+    "quantize_entropy": QuantizeEntropy,
     "quantize_feedback": QuantizeFeedback,
     "quantize_rtn": QuantizeRtn,
     "zero_n_m": ZeroNM,

@@ -10,25 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import ModelError, SettingError
-from attar.records import Applied, Candidate, Progress, Replacement, Transform, Unit, Units
+from attar.records import (
+    Applied,
+    Candidate,
+    Progress,
+    Replacement,
+    RowWeights,
+    Transform,
+    Unit,
+    Units,
+    Unpacked,
+)
 from attar.transform import TRANSFORMS
+from attar.transform.quantize_entropy import QuantizeEntropy, trials
 from attar.transform.quantize_feedback import QuantizeFeedback, quantize_all
 
-Moment = Callable[[Unit], Tensor | None]
+Known = Callable[[Unit], tuple[Tensor | None, RowWeights | None]]
+"""What a treatment is told of a unit: see `Transform.apply`."""
 Price = Callable[[Unit, Tensor], float]
 """Nats per prediction of adding a change (`rows columns`) to a unit's weight."""
 
 
 @dataclass(frozen=True)
 class Treated:
-    """A unit's weight as stored; decoded each time it is asked for, so memory holds codes only."""
+    """A unit's weight as stored; decoded each time it is asked for, so memory holds codes only.
+
+    Attributes:
+        unpacked: See `Replacement`.
+    """
 
     unit: Unit
     transform: Transform
     tensors: Mapping[str, Tensor]
+    unpacked: Unpacked | None = None
 
     def weight(self) -> Tensor:
         """Decode to the shape the module holds."""
+        if self.unpacked is not None:
+            return self.unpacked.dense().view(self.unit.shape)
         dense = self.transform.decode(self.tensors, self.unit.rows, self.unit.columns)
         return dense.view(self.unit.shape)
 
@@ -59,24 +78,40 @@ def build_transform(treatment: str, settings: Mapping[str, object]) -> Transform
 
 
 def treat(
-    weight: Tensor, moment: Tensor | None, transforms: Sequence[Transform]
+    weight: Tensor,
+    moment: Tensor | None,
+    transforms: Sequence[Transform],
+    rows: RowWeights | None = None,
+    *,
+    for_price: bool = False,
 ) -> Iterator[Replacement | SettingError]:
-    """Apply several treatments to one weight, in order; those with error feedback share passes.
+    """Apply several treatments to one weight, in order; those of one kind may share passes.
 
     A treatment that the weight's values do not allow gives its error in place of a replacement.
+
+    Args:
+        for_price: Range-coded integers may miss their bytes by a little, and are not stored.
     """
-    fed_back = quantize_all(
-        weight, moment, [t for t in transforms if isinstance(t, QuantizeFeedback)]
-    )
-    failed: SettingError | None = None  # what the values do not allow once, they never allow
+    shared: dict[type, Iterator[Replacement]] = {
+        QuantizeFeedback: quantize_all(
+            weight, moment, [t for t in transforms if isinstance(t, QuantizeFeedback)]
+        )
+    }
+    if for_price:
+        shared[QuantizeEntropy] = trials(
+            weight, moment, rows, [t for t in transforms if isinstance(t, QuantizeEntropy)]
+        )
+    failed: dict[type, SettingError] = {}  # what the values do not allow once, they never allow
     for transform in transforms:
+        kind = type(transform)
         try:
-            if not isinstance(transform, QuantizeFeedback):
-                yield transform.apply(weight, moment)
+            if kind in shared:
+                yield failed.get(kind) or next(shared[kind])
             else:
-                yield failed or next(fed_back)
+                yield transform.apply(weight, moment, rows)
         except SettingError as error:
-            failed = error if isinstance(transform, QuantizeFeedback) else failed
+            if kind in shared:
+                failed[kind] = error
             yield error
 
 
@@ -85,7 +120,7 @@ def apply_choices(
     units: Units,
     choices: Mapping[str, Candidate],
     *,
-    moment: Moment,
+    known: Known,
     price: Price,
     for_each: Callable[[Callable[[Unit], Done]], Iterable[Done]],
     progress: Progress,
@@ -105,7 +140,7 @@ def apply_choices(
         check_finite(unit, weight)
         choice = choices[unit.name]
         transform = build_transform(choice.treatment, choice.settings)
-        replacement = transform.apply(weight, moment(unit))
+        replacement = transform.apply(weight, *known(unit))
         change = replacement.dense - weight
         applied = Applied(
             unit=unit.name,
@@ -115,7 +150,8 @@ def apply_choices(
             predicted_damage=price(unit, change),
             relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
         )
-        return Treated(unit, transform, replacement.tensors), applied
+        treated = Treated(unit, transform, replacement.tensors, replacement.unpacked)
+        return treated, applied
 
     done: list[Done] = []
     with progress.stage("transform", len(units.units)) as advance:

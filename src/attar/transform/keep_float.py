@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attar.errors import SettingError
-from attar.records import Cost, Replacement, Unit
+from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform.groups import row_chunks, take_stored
 from attar.transform.settings import check_choice, check_flag
 
@@ -59,6 +59,7 @@ class KeepFloat:
         self,
         weight: Float[Tensor, "rows columns"],
         moment: Float[Tensor, "..."] | None,  # noqa: ARG002
+        rows: RowWeights | None = None,  # noqa: ARG002
     ) -> Replacement:
         stored = to_float(weight, self.dtype)
         return Replacement(tensors={"weight": stored}, dense=stored.to(torch.float32, copy=True))

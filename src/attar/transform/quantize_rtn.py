@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from attar.records import Cost, Replacement, Unit
+from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import groups
 from attar.transform.settings import WIDTHS, check_choice, check_flag, check_group_size
 
@@ -56,6 +56,7 @@ class QuantizeRtn:
         self,
         weight: Float[Tensor, "rows columns"],
         moment: Float[Tensor, "..."] | None,
+        rows: RowWeights | None = None,  # noqa: ARG002
     ) -> Replacement:
         scale, zero_point = groups.find_scales(
             weight,

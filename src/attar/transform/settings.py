@@ -45,3 +45,12 @@ def check_fraction(method: str, name: str, value: Any) -> None:
             f"{name} is {value!r}, but {method} takes a fraction between 0 and 1.",
             hint=f"set {name} to 0.5.",
         )
+
+
+def check_between(method: str, name: str, value: Any, low: int, high: int, suggestion: int) -> None:
+    """Raise SettingError unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise SettingError(
+            f"{name} is {value!r}, but {method} takes a number from {low} to {high}.",
+            hint=f"set {name} to {suggestion}.",
+        )

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from attar.kernels import bitpack
-from attar.records import Cost, Replacement, Unit
+from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import groups, kept
 from attar.transform.settings import WIDTHS_AND_FLOAT, check_choice, check_group_size
 
@@ -68,15 +68,15 @@ class ZeroNM:
         self,
         weight: Float[Tensor, "rows columns"],
         moment: Float[Tensor, "..."] | None,
+        rows: RowWeights | None = None,  # noqa: ARG002
     ) -> Replacement:
-        rows, columns = weight.shape
         column_weight = groups.column_weights(moment)
         mask = choose(weight, column_weight, self.n_kept, self.m)
         values, importance = kept.gather_kept(weight, mask, column_weight)
         tensors = kept.store_kept(values, importance, self.bits, self.group_size)
         numbers = number_patterns(mask.view(-1, self.m), self.n_kept)
         tensors["patterns"] = bitpack.pack(numbers, self._pattern_bits)
-        return Replacement(tensors=tensors, dense=self.decode(tensors, rows, columns))
+        return Replacement(tensors=tensors, dense=self.decode(tensors, *weight.shape))
 
     def decode(
         self, tensors: Mapping[str, Tensor], rows: int, columns: int

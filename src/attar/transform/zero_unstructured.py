@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attar.kernels import bitpack
-from attar.records import Cost, Replacement, Unit
+from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import groups, kept
 from attar.transform.settings import (
     WIDTHS_AND_FLOAT,
@@ -63,14 +63,14 @@ class ZeroUnstructured:
         self,
         weight: Float[Tensor, "rows columns"],
         moment: Float[Tensor, "..."] | None,
+        rows: RowWeights | None = None,  # noqa: ARG002
     ) -> Replacement:
-        rows, columns = weight.shape
         column_weight = groups.column_weights(moment)
-        mask = choose(weight, column_weight, self._n_kept(columns))
+        mask = choose(weight, column_weight, self._n_kept(weight.shape[1]))
         values, importance = kept.gather_kept(weight, mask, column_weight)
         tensors = kept.store_kept(values, importance, self.bits, self.group_size)
         tensors["mask"] = bitpack.pack(mask.flatten().view(torch.uint8), bits=1)
-        return Replacement(tensors=tensors, dense=self.decode(tensors, rows, columns))
+        return Replacement(tensors=tensors, dense=self.decode(tensors, *weight.shape))
 
     def decode(
         self, tensors: Mapping[str, Tensor], rows: int, columns: int

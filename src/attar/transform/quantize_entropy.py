@@ -1,0 +1,306 @@
+"""Integers of no fixed width: every weight gets the step it deserves, and codes are range coded.
+
+A code that is rare costs many bits and one that is frequent few, so that the range of codes need
+not be cut off, and a weight that matters little takes part of a bit. Rounded with error feedback,
+as in `quantize_feedback`. The step of a weight is that of the matrix times a factor of its row and
+one of its column:
+
+    row     ∝ 1 / sqrt(how much an error in the row counts)
+    column  ∝ 1 / (what of an error in the column lasts, after feedback)
+
+so that every weight's error does the same damage: where a bit can be cut in parts, no other way to
+spend bits does less (reverse water-filling). The step is searched for which everything stored takes
+the bytes that `bits` allows.
+
+Source: Gish and Pierce 1968, Asymptotically efficient quantizing,
+https://doi.org/10.1109/TIT.1968.1054193 (uniform steps with entropy coding lie 0.25 bits above what
+is possible at all); error feedback as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323,
+algorithm 1; water-filling as in Cover and Thomas 2006, Elements of Information Theory, section
+10.3.3. The stored form is in `coded.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int16
+from torch import Tensor
+
+from attar.errors import SettingError
+from attar.records import Cost, Replacement, RowWeights, Unit
+from attar.transform import coded, groups, settings
+from attar.transform.quantize_feedback import (
+    CHUNK_WEIGHTS,
+    Order,
+    round_with_feedback,
+    rounding_order,
+)
+
+FEWEST_WEIGHTS, FEWEST_IN_LINE = 16_384, 32
+# A row's importance is an estimate; it is taken to lie within this factor of the mean.
+IMPORTANCE_RANGE = 256.0
+# A weight may have this code; feedback may still make it a little larger.
+LARGEST_CODE = 0.9 * coded.MIDDLE
+# A search for a step ends when at most this share of the bytes allowed is left over.
+TOLERANCE, TRIES = 0.001, 10
+# Turns of a search that only wants the price: the second ends within about a hundredth of a bit.
+TURNS_TO_PRICE = 2
+# Bits that coded Gaussian numbers take with a step of one standard deviation.
+BITS_OF_GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
+
+
+@dataclass(frozen=True)
+class QuantizeEntropy:
+    """Store each weight as a range-coded integer.
+
+    Attributes:
+        bits: Bits per weight of everything stored for the unit, on average; 1 to 7.
+    """
+
+    bits: int | float = 3
+
+    def __post_init__(self) -> None:
+        settings.check_between("quantize_entropy", "bits", self.bits, 1, 7, 3)
+
+    def label(self) -> str:
+        """Say the setting in words for a report."""
+        return f"{self.bits:g} bits on average, range coded"
+
+    def rejects(self, unit: Unit) -> str | None:
+        if unit.n_weights < FEWEST_WEIGHTS:
+            return f"has fewer than {FEWEST_WEIGHTS:,} weights, too few to learn from"
+        if min(unit.columns, unit.rows) < FEWEST_IN_LINE:
+            return f"has rows or columns of fewer than {FEWEST_IN_LINE} weights"
+        if unit.groups > 1:
+            return "is a convolution in groups, whose rows do not share columns"
+        return None
+
+    def allowed(self, n_weights: int) -> int:
+        """Bytes that so many weights take."""
+        return int(self.bits * n_weights / 8)
+
+    def cost(self, unit: Unit) -> Cost:
+        return Cost(weight_bytes=self.allowed(unit.n_weights), macs=unit.macs)
+
+    def apply(
+        self, weight: Tensor, moment: Tensor | None, rows: RowWeights | None = None
+    ) -> Replacement:
+        allowed = self.allowed(weight.numel())
+        codes, frequencies = search(Rounding.of(weight, moment, rows), allowed)
+        stored = coded.to_bytes(codes, frequencies)
+        stored = np.concatenate([stored, np.zeros(allowed - len(stored), np.uint8)])
+        return Replacement({"coded": torch.from_numpy(stored)}, codes.dense(), codes.small())
+
+    def decode(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        stored = groups.take_stored(tensors, "coded", torch.uint8, (self.allowed(rows * columns),))
+        return coded.from_bytes(stored.numpy(), rows, columns).dense()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A weight made ready to be rounded with any step.
+
+    Attributes:
+        scaled: The weight over its rows' factors, `rows columns`, columns in order.
+        counts: How many rows each stands for, `rows`.
+        factors: Columns not in order, and before `factors_at`.
+        order: Of the columns; None where nothing is fed back.
+    """
+
+    scaled: Float[Tensor, "rows columns"]
+    counts: Float[Tensor, " rows"]
+    factors: coded.Factors
+    order: Order | None
+
+    @staticmethod
+    def of(weight: Tensor, moment: Tensor | None, rows: RowWeights | None) -> Rounding:
+        """Choose factors and order.
+
+        Args:
+            moment: As for `Transform.apply`, of one group.
+            rows: None: all rows count alike.
+        """
+        if rows is None:
+            rows = RowWeights(torch.ones(len(weight)), torch.ones(len(weight)))
+        order = None if moment is None or moment.dim() == 1 else rounding_order(moment)
+        factors = coded.Factors(
+            rows=coded.nearest_factor(_row_factor(rows)),
+            columns=coded.nearest_factor(_column_factor(moment, order, weight.shape[1])),
+        )
+        scaled = weight.float() / coded.factor_table()[factors.rows.long()][:, None]
+        if order is not None:
+            scaled = scaled[:, order.columns]
+        return Rounding(scaled, rows.counts, factors, order)
+
+    @property
+    def place(self) -> Int[Tensor, " columns"]:
+        """Of each column in the order of rounding."""
+        columns = self.scaled.shape[1]
+        return torch.arange(columns) if self.order is None else self.order.columns
+
+    def factors_at(self, step: float) -> coded.Factors:
+        """Factors with this step: a column must not be so fine that its codes get too large."""
+        largest = torch.empty(self.scaled.shape[1])
+        largest[self.place] = self.scaled.abs().amax(0)
+        finest = coded.smallest_factor(largest / (LARGEST_CODE * step))
+        return replace(self.factors, columns=torch.maximum(self.factors.columns, finest))
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows this stands for."""
+        return round(float(self.counts.double().sum()))
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights this stands for."""
+        return self.n_rows * self.scaled.shape[1]
+
+    def first_step(self, allowed: int) -> float:
+        """Guess the step with which everything takes so many bytes, taking weights as Gaussian."""
+        columns = self.scaled.shape[1]
+        bits = 8 * (allowed - coded.head_bytes(self.n_rows, columns)) / self.n_weights
+        largest = float(self.scaled.abs().max()) or 1.0
+        power = self.counts / self.counts.sum() @ (self.scaled / largest).square_()
+        spread = power.sqrt() / self._columns(self.factors)
+        if not bool((spread > 0).any()):
+            return 1.0
+        mean = float(spread[spread > 0].double().log2().mean())
+        return float(largest * 2.0 ** (mean + BITS_OF_GAUSSIAN - bits))
+
+    def codes(self, steps: Sequence[float]) -> list[Int16[Tensor, "rows columns"]]:
+        """Round with each step."""
+        found = [torch.empty(self.scaled.shape, dtype=torch.int16) for _ in steps]
+        at_once = max(1, CHUNK_WEIGHTS // (self.scaled.shape[1] * len(steps)))
+        by_step = [self._columns(self.factors_at(step)) * step for step in steps]
+        scale = torch.stack(by_step, dim=1)
+        for start in range(0, len(self.scaled), at_once):
+            rows = slice(start, start + at_once)
+            made = self._round(self.scaled[rows], scale)
+            for own, code in zip(found, made, strict=True):
+                own[rows] = code
+        back = torch.argsort(self.place)
+        return [own[:, back] for own in found]
+
+    def _columns(self, factors: coded.Factors) -> Float[Tensor, " columns"]:
+        return coded.factor_table()[factors.columns.long()][self.place]
+
+    def _round(
+        self, part: Float[Tensor, "rows columns"], scale: Float[Tensor, "columns steps"]
+    ) -> Int16[Tensor, "steps rows columns"]:
+        if self.order is None:
+            exact = part / scale.T[:, None]
+            exact.round_().add_(coded.MIDDLE).clamp_(0, coded.SYMBOLS - 1)
+            return exact.to(torch.int16)
+        columns, n_steps = scale.shape
+        codes = round_with_feedback(
+            part[None],
+            self.order.feedback,
+            scale[..., None, None],
+            torch.full((columns, 1, 1, 1), float(coded.MIDDLE)),
+            torch.arange(columns),
+            torch.full((n_steps,), coded.SYMBOLS - 1.0),
+            torch.int16,
+        )
+        return codes[:, :, 0].movedim(0, -1)
+
+    def made(self, codes: Tensor, step: float) -> coded.Codes:
+        """Say what codes stand for, with the step as it is stored."""
+        stored = float(torch.tensor(step))
+        return coded.Codes(codes, stored, self.factors_at(step))
+
+    def learn(self, codes: Tensor) -> tuple[coded.Frequencies, float]:
+        """Learn how often codes occur, and estimate the bytes of all that they stand for."""
+        learnt, bits = coded.learn(codes, self.counts)
+        return learnt, coded.estimated_bytes(self.n_rows, codes.shape[1], learnt, bits)
+
+
+def _row_factor(rows: RowWeights) -> Float[Tensor, " rows"]:
+    mean = (rows.importance * rows.counts).sum() / rows.counts.sum()
+    if not bool(mean > 0):
+        return torch.ones_like(rows.importance)
+    share = rows.importance / mean
+    return share.clamp(1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE).rsqrt()
+
+
+def _column_factor(
+    moment: Tensor | None, order: Order | None, columns: int
+) -> Float[Tensor, " columns"]:
+    """One over what of each column's error lasts; all alike where nothing is known."""
+    if moment is None or not bool((moment > 0).any()):
+        return torch.ones(columns)
+    if order is None:
+        lasting = moment.clamp(min=1e-6 * float(moment.mean())).sqrt()
+    else:
+        lasting = torch.empty(columns)
+        lasting[order.columns] = order.lasting[0]
+    return lasting.double().log2().mean().exp2().float() / lasting
+
+
+def search(rounding: Rounding, allowed: int) -> tuple[coded.Codes, coded.Frequencies]:
+    """Find the smallest step, nearly, whose bytes are allowed.
+
+    Raises:
+        SettingError: No step takes so few bytes.
+    """
+    needed: dict[float, float] = {}  # bytes by log2 of the step
+    best: tuple[float, Tensor, coded.Frequencies] | None = None
+    aim = math.log2(rounding.first_step(allowed))
+    for _ in range(TRIES):
+        (codes,) = rounding.codes([2.0**aim])
+        learnt, needed[aim] = rounding.learn(codes)
+        if needed[aim] <= allowed and (best is None or aim < best[0]):
+            best = (aim, codes, learnt)
+        if (1 - TOLERANCE) * allowed <= needed[aim] <= allowed:
+            break
+        aim = _aim(needed, allowed, rounding.n_weights)
+    if best is None:
+        raise SettingError(
+            f"no step brings these weights down to {allowed:,} bytes.",
+            hint="give this unit more bits, or keep it in 32 bits.",
+        )
+    log_step, codes, learnt = best
+    return rounding.made(codes, 2.0**log_step), learnt
+
+
+def _aim(needed: Mapping[float, float], allowed: int, n_weights: int) -> float:
+    """Say which step to try next, as a power of two."""
+    wanted = allowed * (1 - TOLERANCE / 2)
+    too_small = max((step for step, n in needed.items() if n > allowed), default=None)
+    enough = min((step for step, n in needed.items() if n <= allowed), default=None)
+    if too_small is None or enough is None or enough < too_small:
+        # Twice the step saves a bit of each code, or less where most codes are 0.
+        nearest = max(needed) if enough is None else min(needed)
+        return nearest + 8 * (needed[nearest] - wanted) / n_weights
+    share = (needed[too_small] - wanted) / (needed[too_small] - needed[enough])
+    return too_small + min(0.98, max(0.02, share)) * (enough - too_small)
+
+
+def trials(
+    weight: Float[Tensor, "rows columns"],
+    moment: Tensor | None,
+    rows: RowWeights | None,
+    transforms: Sequence[QuantizeEntropy],
+) -> Iterator[Replacement]:
+    """Round one weight with several settings, for their prices: bytes are met only nearly.
+
+    Args:
+        rows: May be a sample; then the bytes are those of the rows it stands for.
+    """
+    if not transforms:
+        return
+    rounding = Rounding.of(weight, moment, rows)
+    n = rounding.n_weights
+    allowed = [t.allowed(n) for t in transforms]
+    steps = [rounding.first_step(a) for a in allowed]
+    for turn in range(TURNS_TO_PRICE):
+        codes = rounding.codes(steps)
+        if turn + 1 < TURNS_TO_PRICE:
+            needed = [rounding.learn(one)[1] for one in codes]
+            excess = [8 * (b - a) / n for b, a in zip(needed, allowed, strict=True)]
+            steps = [step * 2.0**more for step, more in zip(steps, excess, strict=True)]
+    for one, step in zip(codes, steps, strict=True):
+        yield Replacement({}, rounding.made(one, step).dense())

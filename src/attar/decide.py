@@ -13,6 +13,7 @@ from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
 from attar.explain.price import rounding_moment, row_weights
 from attar.plan import candidates as menus
+from attar.plan.refine import refine
 from attar.plan.solve import smallest, solve, weight_bytes
 from attar.records import (
     Budget,
@@ -39,6 +40,8 @@ REPRICED_SHARE_OF_SEQUENCES = 0.125
 REPRICED_SHARE = 0.5
 # Tries to make the folder fit once its exact bytes are known; the second has always been enough.
 FITTING_TRIES = 4
+# Bytes that a wrong guess of the rest of the folder may leave unused, as a share of the budget.
+UNUSED_SHARE = 0.003
 # Below this many nats the ratio of measured to predicted damage is noise.
 SMALLEST_CORRECTED = 1e-6
 
@@ -134,6 +137,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
             best = (decided, done, correction)
         if number + 1 < session.recipe.rounds:
             candidates = _seen_from_there(session, candidates, decided)
+            best = (_packed(best[0]), *best[1:])  # another plan's codes need the room
     assert best is not None
     decided, done, correction = best
     corrected = replace(
@@ -143,6 +147,12 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         notes=(*session.notes, *_refusals(candidates)),
     )
     return replace(decided, plan=corrected)
+
+
+def _packed(decided: Decided) -> Decided:
+    """Keep weights as they are stored, and nothing that only makes them faster to read."""
+    packed = {name: replace(one, unpacked=None) for name, one in decided.treated.items()}
+    return replace(decided, treated=packed)
 
 
 def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
@@ -182,19 +192,26 @@ def _fit(
     least = smallest(candidates)
     if not weighed and overhead + weight_bytes(least) > budget.weight_bytes:
         overhead = _carry_out(session, least, budget, overhead, statistics).plan.overhead_bytes
+    fitting = None
     for _ in range(FITTING_TRIES):
-        choices = _solve(candidates, budget, overhead)
+        choices = _solve(session, candidates, budget, overhead)
         decided = _carry_out(session, choices, budget, overhead, statistics)
+        guessed, overhead = overhead, decided.plan.overhead_bytes
         if decided.plan.weight_bytes <= budget.weight_bytes:
-            return decided
-        overhead = decided.plan.overhead_bytes
+            fitting = decided
+            if guessed - overhead <= UNUSED_SHARE * budget.weight_bytes:
+                return decided
+    if fitting is not None:
+        return fitting
     raise BudgetError(
         f"no plan was found whose folder fits in {budget.weight_bytes:,} bytes.",
         hint="raise --size a little.",
     )
 
 
-def _solve(candidates: Candidates, budget: Budget, overhead: int) -> dict[str, Candidate]:
+def _solve(
+    session: Session, candidates: Candidates, budget: Budget, overhead: int
+) -> dict[str, Candidate]:
     least = overhead + weight_bytes(smallest(candidates))
     if least > budget.weight_bytes:
         raise BudgetError(
@@ -203,7 +220,9 @@ def _solve(candidates: Candidates, budget: Budget, overhead: int) -> dict[str, C
             hint=f"ask for --size {-(-least // 1000)}kB or more"
             + (", or --keep fewer units." if budget.keep else "."),
         )
-    return solve(candidates, budget.weight_bytes - overhead)
+    limit = budget.weight_bytes - overhead
+    solved = solve(candidates, limit)
+    return refine(solved, session.units, limit - weight_bytes(solved), build_transform)
 
 
 def _carry_out(

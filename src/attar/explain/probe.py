@@ -106,7 +106,8 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         moved = None if model.task.name == "language" else move()
 
         def meet(g: Tensor) -> None:
-            _add(sums[name], call.operation, (move() if moved is None else moved) * g, samples)
+            products = move().mul_(g) if moved is None else moved * g
+            _add(sums[name], call.operation, products, samples)
 
         output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output

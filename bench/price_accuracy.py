@@ -88,7 +88,8 @@ class Setup:
 SETUPS: Mapping[str, Setup] = {
     "smollm2": Setup("halves", measured=2048, degrid=0),
     "gemma3-270m": Setup("halves", measured=512, calibration=8192),
-    "whisper-base": Setup("speech/librispeech_test-other", measured=6, calibration=20),
+    # Windows differ widely: the median ratio lies between 0.85 and 1.84 on four or six of them.
+    "whisper-base": Setup("speech/librispeech_test-other", measured=18, calibration=20),
     "minilm": Setup("wikitext", measured=128),
     "efficientnet-lite0": Setup("imagenet-sample-500", measured=64),
     "mobilenetv2": Setup("imagenet-sample-500", measured=64),

@@ -12,8 +12,10 @@ every way spends the bytes of uniform 3 bits over the linear maps; embedding and
                        already rounded, as the authors' code does it
     uniform_feedback   Attar's own error-feedback rounding, 3 bits everywhere
     attar              the same rounding, bits chosen by price, corrected and solved again
+    range_coded        what Attar does where codes need no fixed width: range-coded integers in the
+                       same bytes, bits chosen by price
 
-The target compares `attar` with `gptq`; `gptq_in_order` is there so that nobody has to wonder.
+The target compares `attar` with `gptq`; the others are there so that nobody has to wonder.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 
 from attar import decide
 from attar.pipeline import open_recipe
-from attar.plan.candidates import KEEP, Treatment
+from attar.plan.candidates import AVERAGE_BITS, KEEP, Treatment
 from attar.progress import open_progress
 from attar.records import Batch, Budget, Candidate, Plan, Progress, Recipe, Statistics, Unit
 from attar.session import Session
@@ -41,7 +43,7 @@ from attar.transform.apply import build_transform, substitutions
 
 # Targets, as issue 2 states them.
 KL_OF_GPTQ = 0.4
-AVERAGE_BITS = 3.0
+LINEAR_BITS = 3.0
 SEEDS = (0, 1, 2)
 
 TOKENS = {"calibration": 16_384, "recovery": 4_096, "judged": 8_192}
@@ -92,8 +94,13 @@ def ways(session: Session, statistics: Statistics) -> Iterator[tuple[str, Weight
     yield "gptq_in_order", gptq_in_order(session), BITS
     uniform = follow_uniform(session, statistics)
     yield "uniform_feedback", substitutions(uniform.treated), average_bits(session, uniform)
-    chosen = choose_by_price(session, statistics, uniform.plan.weight_bytes - SLACK_BYTES)
+    size = uniform.plan.weight_bytes - SLACK_BYTES
+    chosen = choose_by_price(session, statistics, size, [feedback(bits) for bits in MENU_BITS])
     yield "attar", substitutions(chosen.treated), average_bits(session, chosen)
+    menu = [("quantize_entropy", {"bits": bits}) for bits in AVERAGE_BITS]
+    chosen = choose_by_price(session, statistics, size, menu)
+    # Scales are part of these bits, and 0.3 bits beside those of the others.
+    yield "range_coded", substitutions(chosen.treated), average_bits(session, chosen)
 
 
 def linear_maps(session: Session) -> list[Unit]:
@@ -268,22 +275,22 @@ def follow_uniform(session: Session, statistics: Statistics) -> decide.Decided:
     return decide.follow(session, plan, statistics)
 
 
-def choose_by_price(session: Session, statistics: Statistics, size: int) -> decide.Decided:
+def choose_by_price(
+    session: Session, statistics: Statistics, size: int, menu: Sequence[Treatment]
+) -> decide.Decided:
     """Let the product choose bits within the bytes that uniform 3 bits takes."""
     sized = replace(session, recipe=replace(session.recipe, size=f"{size}B"))
-    treatments: dict[str, Sequence[Treatment]] = {
-        unit.name: [feedback(bits) for bits in MENU_BITS] for unit in linear_maps(session)
-    }
+    treatments: dict[str, Sequence[Treatment]] = {unit.name: menu for unit in linear_maps(session)}
     treatments[EMBEDDING] = [KEEP]
     candidates = decide.price_treatments(sized, statistics, treatments)
     return decide.plan(sized, candidates, statistics)
 
 
 def average_bits(session: Session, decided: decide.Decided) -> float:
-    """Width of a code, averaged over the weights of all linear maps."""
+    """What plans call bits, averaged over the weights of all linear maps."""
     units = linear_maps(session)
-    bits = [u.n_weights * int(decided.plan.choices[u.name].settings["bits"]) for u in units]
-    return sum(bits) / sum(unit.n_weights for unit in units)
+    bits = [u.n_weights * decided.plan.choices[u.name].settings["bits"] for u in units]
+    return float(sum(bits) / sum(unit.n_weights for unit in units))
 
 
 def check(rows: list[dict[str, str]]) -> list[Finding]:
@@ -294,7 +301,7 @@ def check(rows: list[dict[str, str]]) -> list[Finding]:
         shares.append(number(own, "kl") / number(gptq_row, "kl"))
         findings += [
             Finding(f"{model}, KL / that of uniform GPTQ", shares[-1], at_most=KL_OF_GPTQ),
-            Finding(f"{model}, average bits", number(own, "average_bits"), at_most=AVERAGE_BITS),
+            Finding(f"{model}, average bits", number(own, "average_bits"), at_most=LINEAR_BITS),
         ]
     print(f"KL / that of uniform GPTQ: median {median(shares):.3g}, spread {spread(shares):.3g}")
     return findings

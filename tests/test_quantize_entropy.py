@@ -251,6 +251,11 @@ def test_what_no_step_can_reach_is_refused():
         search(Rounding.of(random(40, 40), None, None), 100)
 
 
+def test_weights_too_small_for_a_step_are_refused():
+    with pytest.raises(SettingError, match="float32 cannot hold"):
+        QuantizeEntropy(5).apply(random(130, 130) * 1e-45, None)
+
+
 def test_a_damaged_form_is_refused_or_decodes_to_other_finite_weights():
     transform, weight = QuantizeEntropy(2), random(130, 130)
     made = transform.apply(weight, None)

@@ -210,6 +210,11 @@ class Rounding:
     def made(self, codes: Tensor, step: float) -> coded.Codes:
         """Say what codes stand for, with the step as it is stored."""
         stored = float(torch.tensor(step))
+        if not 0 < stored < math.inf:
+            raise SettingError(
+                f"the weights need a step of {step:.3g}, which float32 cannot hold.",
+                hint="keep this unit in 32 bits.",
+            )
         return coded.Codes(codes, stored, self.factors_at(step))
 
     def learn(self, codes: Tensor) -> tuple[coded.Frequencies, float]:

@@ -97,7 +97,7 @@ def ways(session: Session, statistics: Statistics) -> Iterator[tuple[str, Weight
     size = uniform.plan.weight_bytes - SLACK_BYTES
     chosen = choose_by_price(session, statistics, size, [feedback(bits) for bits in MENU_BITS])
     yield "attar", substitutions(chosen.treated), average_bits(session, chosen)
-    menu = [("quantize_entropy", {"bits": bits}) for bits in AVERAGE_BITS]
+    menu = [("quantize_entropy", {"bits": bits, "by_worth": True}) for bits in AVERAGE_BITS]
     chosen = choose_by_price(session, statistics, size, menu)
     # Scales are part of these bits, and 0.3 bits beside those of the others.
     yield "range_coded", substitutions(chosen.treated), average_bits(session, chosen)

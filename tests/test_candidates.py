@@ -41,7 +41,7 @@ def test_group_sizes_divide_a_row_and_long_rows_are_cut(columns, sizes):
 
 
 def menu(of):
-    return menus.menu(of, build_transform)
+    return menus.menu(of, build_transform, by_worth=True)
 
 
 @given(columns=st.integers(1, 3000), rows=st.sampled_from([6, 100]))

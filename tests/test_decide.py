@@ -240,7 +240,7 @@ def test_candidates_are_the_menu_with_prices_that_fall_with_the_width(case):
     for unit in session.units:
         options = candidates[unit.name]
         assert sorted(c.treatment for c in options) == sorted(
-            t for t, _ in menu(unit, build_transform)
+            t for t, _ in menu(unit, build_transform, by_worth=True)
         )
         assert all(c.predicted_damage >= 0 for c in options if c.refused is None)
         whole = {
@@ -255,7 +255,9 @@ def test_a_treatment_refused_is_a_note_with_its_reason(classifier):
     session, _, _, statistics = classifier
     odd = ("quantize_rtn", {"bits": 4, "group_size": 7})
     candidates = decide.price_treatments(
-        session, statistics, {u.name: [odd, *menu(u, build_transform)] for u in session.units}
+        session,
+        statistics,
+        {u.name: [odd, *menu(u, build_transform, by_worth=True)] for u in session.units},
     )
     own = replace(session, recipe=replace(session.recipe, rounds=1))
     notes = decide.plan(own, candidates, statistics).plan.notes

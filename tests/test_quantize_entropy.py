@@ -78,7 +78,7 @@ def decoded_by_hand(stored, rows, columns):
 def test_the_stored_form_is_as_described(bits):
     weight, c = random(70, 33) * torch.exp(random(70, 1, seed=2)), moment(33)
     rows = RowWeights(torch.exp(random(70, seed=3)), torch.ones(70))
-    rounding = Rounding.of(weight, c, rows)
+    rounding = Rounding.of(weight, c, rows, True)
     stored = coded.to_bytes(*search(rounding, int(bits * weight.numel() / 8) + 300))
     found = coded.from_bytes(stored, 70, 33).dense().double().numpy()
     # Products of three float32 numbers.
@@ -107,7 +107,7 @@ def rounded_by_hand(weight, c, row, column, step):
 def test_rounding_is_error_feedback_with_a_step_for_each_weight():
     weight, c = random(12, 9), moment(9)
     rows = RowWeights(torch.exp(random(12, seed=3)), torch.ones(12))
-    rounding = Rounding.of(weight, c, rows)
+    rounding = Rounding.of(weight, c, rows, True)
     table = coded.factor_table()
     for step in (0.05, 0.4, 2.0):
         factors = rounding.factors_at(step)
@@ -122,7 +122,7 @@ def test_steps_follow_what_rows_and_columns_are_worth():
     c = torch.diag(torch.tensor([1.0, 4.0, 16.0, 64.0] * 10))[None]
     rows = RowWeights(torch.tensor([1.0, 16.0, 64.0] * 20), torch.ones(60))
     for known in (c, c[0].diagonal()):
-        rounding = Rounding.of(random(60, 40), known, rows)
+        rounding = Rounding.of(random(60, 40), known, rows, True)
         table = coded.factor_table()
         row, column = table[rounding.factors.rows.long()], table[rounding.factors.columns.long()]
         # Factors are powers of two in thirds: half a third off is 12%; damping of C takes 10% more.
@@ -137,7 +137,7 @@ def test_a_column_that_is_worth_a_million_others_is_nearly_exact():
     loud[0, 7] *= 1e3
     loud[0, :, 7] *= 1e3
     alone, found = (
-        QuantizeEntropy(3).apply(weight, known).dense - weight
+        QuantizeEntropy(3, True).apply(weight, known).dense - weight
         for known in (loud[0].diagonal(), loud)
     )
     assert float(found[:, 7].abs().max()) < 0.02
@@ -160,7 +160,7 @@ def test_bytes_are_never_more_than_allowed_and_nearly_all_used(
     weight = random(rows, columns, seed=seed) * torch.exp(loud * random(rows, 1, seed=seed + 1))
     c = None if known == "nothing" else moment(columns, seed)
     c = c[0].diagonal() if known == "diagonal" else c
-    rounding = Rounding.of(weight, c, None)
+    rounding = Rounding.of(weight, c, None, True)
     allowed = int(bits * weight.numel() / 8) + 400
     codes, frequencies = search(rounding, allowed)
     stored = coded.to_bytes(codes, frequencies)
@@ -172,7 +172,7 @@ def test_bytes_are_never_more_than_allowed_and_nearly_all_used(
 def test_gaussian_weights_come_close_to_what_theory_allows_uniform_steps():
     weight = random(512, 512)
     for bits in (3, 4, 5):
-        dense = QuantizeEntropy(bits).apply(weight, None).dense
+        dense = QuantizeEntropy(bits, True).apply(weight, None).dense
         found = float((dense - weight).double().square().mean())
         # Entropy-coded uniform steps: pi e / 6 above the bound 2^-2R (Gish and Pierce 1968).
         best = 2.0 ** (-2 * bits) * torch.pi * torch.e / 6
@@ -187,7 +187,7 @@ def test_at_equal_bytes_it_loses_much_less_than_codes_of_fixed_width():
     for width in (2, 3, 4):
         fixed = QuantizeFeedback(width, 64)
         bits = 8 * fixed.cost(unit).weight_bytes / weight.numel()
-        coded_dense = QuantizeEntropy(bits).apply(weight, c, rows).dense
+        coded_dense = QuantizeEntropy(bits, True).apply(weight, c, rows).dense
         fixed_dense = fixed.apply(weight, c, rows).dense
         own = damage(coded_dense - weight, c, rows.importance)
         assert own < 0.5 * damage(fixed_dense - weight, c, rows.importance)
@@ -196,7 +196,7 @@ def test_at_equal_bytes_it_loses_much_less_than_codes_of_fixed_width():
 def test_trials_are_what_applying_gives_to_within_a_few_percent():
     weight, c = random(300, 160), moment(160)
     rows = RowWeights(torch.exp(random(300, seed=3)), torch.ones(300))
-    transforms = [QuantizeEntropy(bits) for bits in (1.5, 2.5, 4, 6)]
+    transforms = [QuantizeEntropy(bits, True) for bits in (1.5, 2.5, 4, 6)]
     for transform, made in zip(transforms, trials(weight, c, rows, transforms), strict=True):
         exact = damage(transform.apply(weight, c, rows).dense - weight, c, rows.importance)
         # A trial misses its bytes by a few hundredths of a bit.
@@ -209,8 +209,8 @@ def test_sampled_rows_get_the_steps_of_all_rows():
     all_rows = RowWeights(importance, torch.ones(2000))
     some = RowWeights(importance[::4], torch.full((500,), 4.0))
     for bits in (2, 4):
-        (whole,) = trials(weight, c, all_rows, [QuantizeEntropy(bits)])
-        (part,) = trials(weight[::4], c, some, [QuantizeEntropy(bits)])
+        (whole,) = trials(weight, c, all_rows, [QuantizeEntropy(bits, True)])
+        (part,) = trials(weight[::4], c, some, [QuantizeEntropy(bits, True)])
         found = 4 * damage(part.dense - weight[::4], c, importance[::4])
         # 500 of 2000 rows: their mean importance alone is off by a few percent.
         assert found == pytest.approx(damage(whole.dense - weight, c, importance), rel=0.15)
@@ -220,35 +220,46 @@ def test_sampled_rows_get_the_steps_of_all_rows():
 def test_the_size_of_weights_and_moments_changes_nothing_but_the_step(power):
     weight, c = random(140, 120), moment(120)
     rows = RowWeights(torch.exp(random(140, seed=3)), torch.ones(140))
-    one = QuantizeEntropy(3).apply(weight, c, rows).dense
+    one = QuantizeEntropy(3, True).apply(weight, c, rows).dense
     scaled = RowWeights(rows.importance * 2.0**-power, rows.counts)
-    other = QuantizeEntropy(3).apply(weight * 2.0**power, c * 2.0**power, scaled).dense
+    other = QuantizeEntropy(3, True).apply(weight * 2.0**power, c * 2.0**power, scaled).dense
     assert torch.equal(one * 2.0**power, other)
+
+
+def test_without_worth_there_is_one_step():
+    weight, c = random(200, 96), moment(96)
+    rows = RowWeights(torch.exp(random(200, seed=3)), torch.ones(200))
+    plain = Rounding.of(weight, c, rows, False)
+    assert len(plain.factors.columns.unique()) == len(plain.factors.rows.unique()) == 1
+    ones = torch.ones(200)
+    own = damage(QuantizeEntropy(3).apply(weight, c, rows).dense - weight, c, ones)
+    blind = damage(QuantizeEntropy(3).apply(weight, None).dense - weight, c, ones)
+    assert own < 0.8 * blind  # errors are fed back all the same
 
 
 def test_large_codes_are_kept_and_decode_the_same():
     weight = random(128, 160)
     weight[0, 0] = 60.0
-    transform = QuantizeEntropy(6)
+    transform = QuantizeEntropy(6, True)
     made = transform.apply(weight, None)
     assert made.unpacked.codes.dtype == torch.int16
     assert abs(float(made.dense[0, 0]) - 60) < 0.1
-    for kept in (made, QuantizeEntropy(2).apply(random(128, 160), None)):
+    for kept in (made, QuantizeEntropy(2, True).apply(random(128, 160), None)):
         assert torch.equal(kept.unpacked.dense(), kept.dense)
     assert kept.unpacked.codes.dtype == torch.int8
     unit = Unit("w", "linear", (128, 160), ("linear",))
-    treated = Treated(unit, QuantizeEntropy(2), {}, kept.unpacked)
+    treated = Treated(unit, QuantizeEntropy(2, True), {}, kept.unpacked)
     assert torch.equal(treated.weight(), kept.dense)
 
 
 def test_weights_of_zeros_take_no_bits_and_stay_zeros():
-    made = QuantizeEntropy(2).apply(torch.zeros(128, 160), moment(160))
+    made = QuantizeEntropy(2, True).apply(torch.zeros(128, 160), moment(160))
     assert not made.dense.any()
 
 
 def test_what_no_step_can_reach_is_refused():
     with pytest.raises(SettingError, match="no step brings"):
-        search(Rounding.of(random(40, 40), None, None), 100)
+        search(Rounding.of(random(40, 40), None, None, True), 100)
 
 
 def test_weights_too_small_for_a_step_are_refused():
@@ -257,7 +268,7 @@ def test_weights_too_small_for_a_step_are_refused():
 
 
 def test_a_damaged_form_is_refused_or_decodes_to_other_finite_weights():
-    transform, weight = QuantizeEntropy(2), random(130, 130)
+    transform, weight = QuantizeEntropy(2, True), random(130, 130)
     made = transform.apply(weight, None)
     stored = made.tensors["coded"]
     draw = np.random.default_rng(0)
@@ -292,7 +303,7 @@ def test_what_lasts_of_an_error_is_the_spread_left_when_later_columns_are_known(
 
 
 def test_units_it_does_not_suit_are_refused_with_the_reason():
-    transform = QuantizeEntropy(3)
+    transform = QuantizeEntropy(3, True)
     good = Unit("w", "linear", (128, 160), ("linear",))
     assert transform.rejects(good) is None
     assert "too few" in transform.rejects(replace(good, shape=(100, 100)))

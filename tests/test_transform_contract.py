@@ -31,6 +31,7 @@ TRIED = {
     "symmetric": (False, True),
     "search": (False,),  # the default, with search, is always tried too
     "bfloat16": (False, True),
+    "by_worth": (True,),  # the default is False
 }
 ALL = pytest.mark.parametrize("kind", TRANSFORMS.values(), ids=TRANSFORMS)
 

@@ -91,8 +91,11 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     """Try every treatment of the menu on every unit."""
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
+    # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
     treatments = {
-        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menus.menu(unit, build_transform)
+        unit.name: [menus.KEEP]
+        if menus.is_kept(unit, keep)
+        else menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
         for unit in session.units
     }
     return price_treatments(session, statistics, treatments)

@@ -1,16 +1,17 @@
 """Integers of no fixed width: every weight gets the step it deserves, and codes are range coded.
 
 A code that is rare costs many bits and one that is frequent few, so that the range of codes need
-not be cut off, and a weight that matters little takes part of a bit. Rounded with error feedback,
-as in `quantize_feedback`. The step of a weight is that of the matrix times a factor of its row and
-one of its column:
+not be cut off. Rounded with error feedback, as in `quantize_feedback`. All weights have one step,
+or, with `by_worth`, that step times a factor of their row and one of their column:
 
     row     ∝ 1 / sqrt(how much an error in the row counts)
     column  ∝ 1 / (what of an error in the column lasts, after feedback)
 
 so that every weight's error does the same damage: where a bit can be cut in parts, no other way to
-spend bits does less (reverse water-filling). The step is searched for which everything stored takes
-the bytes that `bits` allows.
+spend bits does less (reverse water-filling). The worth must be known well for that. It is, from
+thousands of tokens; of dozens of pictures, one may need a channel or a class that no other had, and
+what was rounded by worth lost several times more. The step is searched for which everything stored
+takes the bytes that `bits` allows.
 
 Source: Gish and Pierce 1968, Asymptotically efficient quantizing,
 https://doi.org/10.1109/TIT.1968.1054193 (uniform steps with entropy coding lie 0.25 bits above what
@@ -59,12 +60,15 @@ class QuantizeEntropy:
 
     Attributes:
         bits: Bits per weight of everything stored for the unit, on average; 1 to 7.
+        by_worth: Let steps follow what rows and columns are worth.
     """
 
     bits: int | float = 3
+    by_worth: bool = False
 
     def __post_init__(self) -> None:
         settings.check_between("quantize_entropy", "bits", self.bits, 1, 7, 3)
+        settings.check_flag("quantize_entropy", "by_worth", self.by_worth)
 
     def label(self) -> str:
         """Say the setting in words for a report."""
@@ -90,7 +94,7 @@ class QuantizeEntropy:
         self, weight: Tensor, moment: Tensor | None, rows: RowWeights | None = None
     ) -> Replacement:
         allowed = self.allowed(weight.numel())
-        codes, frequencies = search(Rounding.of(weight, moment, rows), allowed)
+        codes, frequencies = search(Rounding.of(weight, moment, rows, self.by_worth), allowed)
         stored = coded.to_bytes(codes, frequencies)
         stored = np.concatenate([stored, np.zeros(allowed - len(stored), np.uint8)])
         return Replacement({"coded": torch.from_numpy(stored)}, codes.dense(), codes.small())
@@ -117,20 +121,23 @@ class Rounding:
     order: Order | None
 
     @staticmethod
-    def of(weight: Tensor, moment: Tensor | None, rows: RowWeights | None) -> Rounding:
+    def of(
+        weight: Tensor, moment: Tensor | None, rows: RowWeights | None, by_worth: bool
+    ) -> Rounding:
         """Choose factors and order.
 
         Args:
             moment: As for `Transform.apply`, of one group.
             rows: None: all rows count alike.
+            by_worth: See `QuantizeEntropy`.
         """
         if rows is None:
             rows = RowWeights(torch.ones(len(weight)), torch.ones(len(weight)))
         order = None if moment is None or moment.dim() == 1 else rounding_order(moment)
-        factors = coded.Factors(
-            rows=coded.nearest_factor(_row_factor(rows)),
-            columns=coded.nearest_factor(_column_factor(moment, order, weight.shape[1])),
-        )
+        row, column = torch.ones(len(weight)), torch.ones(weight.shape[1])
+        if by_worth:
+            row, column = _row_factor(rows), _column_factor(moment, order, weight.shape[1])
+        factors = coded.Factors(coded.nearest_factor(row), coded.nearest_factor(column))
         scaled = weight.float() / coded.factor_table()[factors.rows.long()][:, None]
         if order is not None:
             scaled = scaled[:, order.columns]
@@ -292,12 +299,14 @@ def trials(
 ) -> Iterator[Replacement]:
     """Round one weight with several settings, for their prices: bytes are met only nearly.
 
+    All must have the same `by_worth`.
+
     Args:
         rows: May be a sample; then the bytes are those of the rows it stands for.
     """
     if not transforms:
         return
-    rounding = Rounding.of(weight, moment, rows)
+    rounding = Rounding.of(weight, moment, rows, transforms[0].by_worth)
     n = rounding.n_weights
     allowed = [t.allowed(n) for t in transforms]
     steps = [rounding.first_step(a) for a in allowed]

@@ -133,6 +133,7 @@ def test_bits_per_weight_count_the_whole_folder():
     ("settings", "label"),
     [
         ({"bits": 3, "group_size": 64}, "3"),
+        ({"bits": 3.2019}, "3.2"),
         ({"n_kept": 2, "m": 4}, "2:4"),
         ({"sparsity": 0.3}, "70%"),
         ({"kept_fraction": 0.5, "bits": 4}, "4 50%"),

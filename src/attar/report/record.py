@@ -303,7 +303,7 @@ def treatment_label(settings: Mapping[str, Any], stored_bits: float) -> str:
     """
     parts = []
     if "bits" in settings:
-        parts.append(str(settings["bits"]))
+        parts.append(f"{settings['bits']:.3g}")
     counts = [settings.get(key) for key in ("n_kept", "m")]
     if None not in counts:
         parts.append(":".join(str(count) for count in counts))

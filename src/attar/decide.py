@@ -149,7 +149,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         rounds=tuple(rounds),
         notes=(*session.notes, *_refusals(candidates)),
     )
-    return replace(decided, plan=corrected)
+    return _packed(replace(decided, plan=corrected))
 
 
 def _packed(decided: Decided) -> Decided:
@@ -175,7 +175,8 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
     predicted = sum(applied.predicted_damage for applied in decided.receipt.applied)
     priced = replace(decided.plan, choices=choices, predicted_damage=predicted)
     decided = replace(decided, plan=priced)
-    return replace(decided, plan=replace(priced, rounds=(_measured(session, decided, 1.0),)))
+    rounds = (_measured(session, decided, 1.0),)
+    return _packed(replace(decided, plan=replace(priced, rounds=rounds)))
 
 
 def _fit(

@@ -203,6 +203,15 @@ def test_trials_are_what_applying_gives_to_within_a_few_percent():
         assert damage(made.dense - weight, c, rows.importance) == pytest.approx(exact, rel=0.1)
 
 
+def test_trials_with_and_without_worth_do_not_mix():
+    weight, c = random(200, 96), moment(96)
+    rows = RowWeights(torch.exp(random(200, seed=3)), torch.ones(200))
+    mixed = [QuantizeEntropy(3), QuantizeEntropy(3, True), QuantizeEntropy(4, True)]
+    for transform, made in zip(mixed, trials(weight, c, rows, mixed), strict=True):
+        (alone,) = trials(weight, c, rows, [transform])
+        assert torch.equal(made.dense, alone.dense)
+
+
 def test_sampled_rows_get_the_steps_of_all_rows():
     weight, c = random(2000, 64), moment(64)
     importance = torch.exp(random(2000, seed=3))

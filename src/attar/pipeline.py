@@ -82,11 +82,9 @@ def _finish(
     forecast: int,
 ) -> Report:
     """Write the folder, judge what was really written, and report."""
-    contents = writing.contents(session, decided)
-    weight = attar_folder.weigh(contents)
     with attar_folder.replaced_folder(out) as partial:
-        attar_folder.write_files(partial, contents)
-        del contents  # the audit reads the folder back
+        # What was written is not kept: the audit reads the folder back.
+        bytes_after = attar_folder.write_files(partial, writing.contents(session, decided))
         verdict = judging.judge_folder(session, partial, decided)
         report = Report(
             model=session.model.name,
@@ -102,7 +100,7 @@ def _finish(
             slice_relevance=relevance.slices,
             bytes_before=session.bytes_at_16_bits,
             source_bytes=session.model.source_bytes,
-            bytes_after=weight,
+            bytes_after=bytes_after,
             folder=out,
             seconds=dict(session.seconds),
             peak_memory_bytes=peak_bytes(),

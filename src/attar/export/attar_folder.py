@@ -116,10 +116,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files that are really on disk when this returns."""
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> int:
+    """Write files that are really on disk when this returns; say how many bytes they are."""
     for name, content in contents.items():
         with (folder / name).open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+    return weigh(contents)

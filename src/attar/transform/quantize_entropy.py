@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -299,22 +300,20 @@ def trials(
 ) -> Iterator[Replacement]:
     """Round one weight with several settings, for their prices: bytes are met only nearly.
 
-    All must have the same `by_worth`.
-
     Args:
         rows: May be a sample; then the bytes are those of the rows it stands for.
     """
-    if not transforms:
-        return
-    rounding = Rounding.of(weight, moment, rows, transforms[0].by_worth)
-    n = rounding.n_weights
-    allowed = [t.allowed(n) for t in transforms]
+    for by_worth, run in groupby(transforms, key=lambda t: t.by_worth):
+        rounding = Rounding.of(weight, moment, rows, by_worth)
+        yield from _tried(rounding, [t.allowed(rounding.n_weights) for t in run])
+
+
+def _tried(rounding: Rounding, allowed: Sequence[int]) -> Iterator[Replacement]:
+    """Round to each of these bytes, nearly, all in the same passes."""
     steps = [rounding.first_step(a) for a in allowed]
-    for turn in range(TURNS_TO_PRICE):
-        codes = rounding.codes(steps)
-        if turn + 1 < TURNS_TO_PRICE:
-            needed = [rounding.learn(one)[1] for one in codes]
-            excess = [8 * (b - a) / n for b, a in zip(needed, allowed, strict=True)]
-            steps = [step * 2.0**more for step, more in zip(steps, excess, strict=True)]
-    for one, step in zip(codes, steps, strict=True):
-        yield Replacement({}, rounding.made(one, step).dense())
+    for _ in range(TURNS_TO_PRICE - 1):
+        needed = [rounding.learn(codes)[1] for codes in rounding.codes(steps)]
+        excess = [8 * (b - a) / rounding.n_weights for b, a in zip(needed, allowed, strict=True)]
+        steps = [step * 2.0**more for step, more in zip(steps, excess, strict=True)]
+    for codes, step in zip(rounding.codes(steps), steps, strict=True):
+        yield Replacement({}, rounding.made(codes, step).dense())

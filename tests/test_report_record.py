@@ -14,6 +14,7 @@ from attar.report.wording import (
     short_text,
     size_text,
     times_text,
+    value_text,
 )
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -151,6 +152,9 @@ def test_a_folder_is_text_in_the_record():
 @pytest.mark.parametrize(
     ("write", "value", "text"),
     [
+        (value_text, 1.5, "1.5"),
+        (value_text, 3.0, "3"),
+        (value_text, 0.25, "0.25"),
         (size_text, 55_999_872, "56.0 MB"),
         (size_text, 999_999, "1.00 MB"),
         (size_text, 269_030_016, "269 MB"),

@@ -120,7 +120,9 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return number_text(value, 6)
+        text = number_text(value, 6)
+        # It was chosen, not measured: 1.50000 says no more than 1.5.
+        return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
     if isinstance(value, list):
         return ", ".join(value_text(item) for item in value)
     if isinstance(value, dict):

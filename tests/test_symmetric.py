@@ -35,6 +35,14 @@ def test_sums_add_up_with_their_factors():
     assert torch.allclose(found, expected / 2, rtol=1e-5, atol=1e-5)
 
 
+def test_two_sums_add_up():
+    one, two = random(5, 33), random(8, 33, seed=1)
+    first, second, both = Symmetric(33), Symmetric(33), Symmetric(33)
+    for total, x in ((first, one), (second, two), (both, one), (both, two)):
+        total.add_outer(x)
+    assert torch.allclose(first.add_(second).dense(), both.dense(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", [1, 2, 3, 7, 123, 576])
 def test_it_keeps_the_numbers_it_says_and_less_than_all(side):
     total = Symmetric(side)

@@ -113,4 +113,5 @@ def forecast(
     priced = min(max(u.n_weights for u in units), priced_weights_at_once) * FLOAT_BYTES
     passing = max(saved + outputs, priced * PRICED_COPIES)
     stored = sum(unit.n_weights for unit in units)  # packed codes, at most a byte each
+    release()  # the small pass
     return int(resident_bytes() + statistics_bytes + stored + ALLOCATOR_SLACK * passing)

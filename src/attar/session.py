@@ -78,6 +78,7 @@ class Session:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds of a block to a stage."""
+        release()
         start = time.perf_counter()
         yield
         release()
@@ -337,6 +338,7 @@ def open_session(
     )
     notes = tuple(f"norm {line}" for line in stays)
     divergence = fit_divergence(model, data)
+    release()
     session = Session(recipe, model, units, data, divergence, folded, notes, progress)
     session.seconds["load"] = time.perf_counter() - start
     return session

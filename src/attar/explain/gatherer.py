@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from attar.divergence import Divergence
 from attar.errors import DataError
 from attar.explain import moments
-from attar.kernels.symmetric import Symmetric
+from attar.kernels.symmetric import Symmetric, stored_numbers
 from attar.records import Batch, Model, Unit, Units
 from attar.sites import Call, watched
 
 # A full C of this side is 100 MB in float32, and there are two; beyond it, the diagonal only.
 FULL_COLUMNS_LIMIT = 5000
-# From this side on, C is kept without its lower half.
+# From this side on, R and C are kept without their lower halves.
 KEPT_BY_HALF_FROM = 512
 # R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
 # together between rows, so what lies off the diagonal hardly changes a price.
@@ -51,7 +54,7 @@ class Use:
     """Running sums of one use of one weight."""
 
     operation: str
-    rows: Tensor
+    rows: Tensor | Symmetric
     columns: Columns
     is_answer: bool = False
 
@@ -105,7 +108,7 @@ class Gatherer:
         self._labels: Sequence[str] = ()
         self._n_samples = 0
         self._calls: dict[str, int] = {}
-        self._last: tuple[Use, Tensor] | None = None
+        self._last: tuple[Unit, Use, list[Tensor]] | None = None
         self._last_input: tuple[Tensor, Held] | None = None
         self._held: list[Held] = []
 
@@ -113,30 +116,40 @@ class Gatherer:
         """Add one small batch to the sums."""
         self._labels, self._calls = labels, defaultdict(int)
         self._n_samples = len(next(iter(batch.values())))
+        edge, answers = self._forward(batch)
+        mask = batch.get("mask", torch.ones(answers.shape[:2], dtype=torch.bool))
+        self._count(mask)
+        if self._divergence.family == "categorical":
+            self._add_answers(answers, mask)
+        maker = self._take_answer(answers)
+        for left in reversed(range(self._draws)):
+            gradient = drawn_gradient(self._divergence, answers, mask, self._generator)
+            if maker is not None:
+                self._add_products(maker, answers, gradient)
+            if left == 0:
+                del answers  # a language model's are large, and the way back does not need them
+            torch.autograd.backward(edge, gradient, retain_graph=left > 0)
+        for held in self._held:
+            add_held(held)  # some answer it was read for never mattered
+        # The input holds the graph, whose hooks hold this object: neither would ever be freed.
+        self._last = self._last_input = None
+        self._held.clear()
+
+    def _forward(self, batch: Batch) -> tuple[GradientEdge, Tensor]:
+        """Run the model; give where its outputs were made, and the outputs without a graph."""
         batch = {
             name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
             for name, t in batch.items()
         }
         with torch.enable_grad(), watched(self._model.module, self._visit):
             outputs = self._model.task.forward(self._model.module, batch)
-        if not bool(torch.isfinite(outputs).all()):
+        # The extremes are NaN where any output is, and take no room.
+        if not all(bool(end.isfinite()) for end in outputs.detach().aminmax()):
             raise DataError(
                 f"{self._model.name} answers with NaN or infinity on this data.",
                 hint="look at the inputs with --data; are they scaled as the model expects?",
             )
-        self._mark_answer(outputs)
-        mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
-        self._count(mask)
-        if self._divergence.family == "categorical":
-            self._add_answers(outputs.detach(), mask)
-        for draw in range(self._draws):
-            gradient = drawn_gradient(self._divergence, outputs.detach(), mask, self._generator)
-            outputs.backward(gradient, retain_graph=draw + 1 < self._draws)  # type: ignore[no-untyped-call]
-        for held in self._held:
-            add_held(held)  # some answer it was read for never mattered
-        # The input holds the graph, whose hooks hold this object: neither would ever be freed.
-        self._last = self._last_input = None
-        self._held.clear()
+        return get_gradient_edge(outputs), outputs.detach()
 
     def _add_answers(self, outputs: Tensor, mask: Tensor) -> None:
         sums = self.sums
@@ -147,15 +160,21 @@ class Gatherer:
             sums.answers = answers if sums.answers is None else sums.answers + answers
             sums.spread = spread if sums.spread is None else sums.spread + spread
 
-    def _mark_answer(self, outputs: Tensor) -> None:
-        """Note which use of a weight makes the answer itself: its G is known without sampling."""
+    def _take_answer(self, answers: Tensor) -> Unit | None:
+        """Find the unit that makes the answer itself: its G is known without sampling.
+
+        What was kept of its output is let go, for that is the answer.
+        """
         if self._last is None or self._divergence.family != "categorical":
-            return
-        use, value = self._last
-        use.is_answer = value.numel() == outputs.numel() and torch.equal(
-            value.reshape(-1, value.shape[-1])[-1],
-            outputs.detach().reshape(-1, outputs.shape[-1])[-1],
+            return None
+        unit, use, kept = self._last
+        (value,) = kept
+        use.is_answer = value.numel() == answers.numel() and torch.equal(
+            value.reshape(-1, value.shape[-1])[-1], answers.reshape(-1, answers.shape[-1])[-1]
         )
+        if use.is_answer:
+            kept.clear()
+        return unit if use.is_answer else None
 
     def _count(self, mask: Tensor) -> None:
         for sample, n in enumerate(mask.sum(1).tolist()):
@@ -175,18 +194,20 @@ class Gatherer:
         # An in-place operation may overwrite the output; language models have none, and no room.
         in_place = self._model.task.name != "language"
         value = output.detach().clone() if in_place else output.detach()
-        self._last = (use, value)
+        kept = [value]
+        self._last = (unit, use, kept)
         if call.operation == "embedding":
             # Positions, say, are looked up once for all samples: then there is one row of them.
             tokens = call.input.reshape(len(call.input) if call.input.dim() > 1 else 1, -1)
-            use.rows += torch.bincount(tokens.flatten(), minlength=unit.rows)
+            counts = cast(Tensor, use.rows)  # a diagonal: the input is one-hot
+            counts += torch.bincount(tokens.flatten(), minlength=unit.rows)
             use.columns.positions += tokens.numel()
             output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))  # type: ignore[no-untyped-call]
             return output
         held = self._hold(use, call, in_place) if call.operation == "linear" else None
         if held is None:
             self._add_inputs(use, call)
-        output.register_hook(lambda g: self._answered(unit, use, held, value, g))  # type: ignore[no-untyped-call]
+        output.register_hook(lambda g: self._answered(unit, use, held, kept, g))  # type: ignore[no-untyped-call]
         return output
 
     def _use(self, unit: Unit, call: Call) -> Use:
@@ -235,23 +256,21 @@ class Gatherer:
         self._add_relevance_of_tokens(unit, tokens, products)
 
     def _answered(
-        self, unit: Unit, use: Use, held: Held | None, value: Tensor, gradient: Tensor
+        self, unit: Unit, use: Use, held: Held | None, kept: Sequence[Tensor], gradient: Tensor
     ) -> None:
-        """Add the gradient's second moment and the relevance of what the weight answers."""
+        """Add the gradient's second moment and the relevance of what the weight answers.
+
+        Args:
+            kept: What it answers; empty if that is added already.
+        """
         g = moments.outputs_of(unit, gradient, self._n_samples)
-        y = moments.outputs_of(unit, value, self._n_samples)
         chosen = moments.thinned(g, moments.POSITIONS_AT_MOST) if unit.kind == "convolution" else g
         # The sum over all positions is wanted; what was left out is like what was kept.
         times, step = g.shape[2] / chosen.shape[2], moments.POSITIONS_AT_ONCE
         for part in torch.split(chosen, step, dim=2):
             moments.add_second_moment(use.rows, part, times)
-        parts = list(zip(torch.split(y, step, 2), torch.split(g, step, 2), strict=True))
-        products = torch.stack([moments.channel_products(*part) for part in parts]).sum(0)
-        self._add_relevance(unit, products)
-        for part, _ in parts:
-            add_to(self.sums.activation, unit.name, part.abs().sum((0, 2)).flatten())
-        self.sums.outputs[unit.name] += y.shape[0] * y.shape[2]
-        add_to(self.sums.taylor, unit.name, products.abs().sum(0))
+        for value in kept:
+            self._add_products(unit, value, gradient)
         if held is not None and unit.heads:
             weight = self._weights[unit.name + ".weight"].detach()
             heads = moments.head_products(held.x, g, weight, unit.heads)
@@ -259,6 +278,19 @@ class Gatherer:
                 add_to(self.sums.heads[label], unit.name, chosen.square().sum(0))
         if held is not None:
             meet(held, g)
+
+    def _add_products(self, unit: Unit, value: Tensor, gradient: Tensor) -> None:
+        """Add the relevance of each output channel, and how large it is."""
+        y = moments.outputs_of(unit, value, self._n_samples)
+        g = moments.outputs_of(unit, gradient, self._n_samples)
+        step = moments.POSITIONS_AT_ONCE
+        parts = list(zip(torch.split(y, step, 2), torch.split(g, step, 2), strict=True))
+        products = torch.stack([moments.channel_products(*part) for part in parts]).sum(0)
+        self._add_relevance(unit, products)
+        for part, _ in parts:
+            add_to(self.sums.activation, unit.name, part.abs().sum((0, 2)).flatten())
+        self.sums.outputs[unit.name] += y.shape[0] * y.shape[2]
+        add_to(self.sums.taylor, unit.name, products.abs().sum(0))
 
     def _by_label(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield every slice label with the samples that carry it."""
@@ -319,14 +351,22 @@ def drawn_gradient(
 def new_use(unit: Unit, call: Call) -> Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
     rows, columns = curvature_shapes(unit, call.operation)
-    kept = Symmetric(columns[1]) if kept_by_half(columns) else torch.zeros(columns)
     power = torch.zeros(0 if call.operation == "embedding" else unit.groups * unit.columns)
-    return Use(call.operation, torch.zeros(rows), Columns(kept, power))
+    return Use(call.operation, _zeros(rows), Columns(_zeros(columns), power))
 
 
-def kept_by_half(columns: tuple[int, ...]) -> bool:
-    """Say whether a C of this shape is large enough to be kept without its lower half."""
-    return len(columns) == 3 and columns[0] == 1 and columns[1] >= KEPT_BY_HALF_FROM
+def _zeros(shape: tuple[int, ...]) -> Tensor | Symmetric:
+    return Symmetric(shape[1]) if kept_by_half(shape) else torch.zeros(shape)
+
+
+def kept_by_half(shape: tuple[int, ...]) -> bool:
+    """Say whether an R or C of this shape is large enough to be kept without its lower half."""
+    return len(shape) == 3 and shape[0] == 1 and shape[1] >= KEPT_BY_HALF_FROM
+
+
+def kept_numbers(shape: tuple[int, ...]) -> int:
+    """Count what is kept of an R or C of this shape."""
+    return stored_numbers(shape[1]) if kept_by_half(shape) else math.prod(shape)
 
 
 def curvature_shapes(unit: Unit, operation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,13 +13,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from attar.divergence import Divergence
 from attar.explain.gatherer import drawn_gradient, tracked
 from attar.explain.statistics import pieces
+from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress
 from attar.sites import Call, substituted, watched
+
+# Positions whose move is made at once: with the answers of a language model they are large.
+POSITIONS_AT_ONCE = 128
 
 Changes = Mapping[str, Callable[[], Tensor]]
 """Unit name to a function that makes its change, in the shape the module holds."""
@@ -66,9 +71,15 @@ def probe(
                 outputs = _run(model, piece, changes, sums)
             mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
             predictions += int(mask.sum())
+            edge, answers = get_gradient_edge(outputs), outputs.detach()
+            del outputs  # a language model's are large, and the way back does not need them
             for draw in range(draws):
-                gradient = drawn_gradient(divergence, outputs.detach(), mask, generator)
-                outputs.backward(gradient, retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
+                gradient = drawn_gradient(divergence, answers, mask, generator)
+                if draw + 1 == draws:
+                    del answers
+                torch.autograd.backward(edge, gradient, retain_graph=draw + 1 < draws)
+            del edge, gradient
+            release()
         return sums, predictions
 
     total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -98,16 +109,20 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         plain["input"] = call.input.detach()
 
         @torch.no_grad()
-        def move() -> Tensor:
-            return call.function(**{**plain, "weight": changes[name]()})
+        def move(x: Tensor, change: Tensor) -> Tensor:
+            return call.function(**{**plain, "input": x, "weight": change})
 
         # What is moved is as large as the output, so a language model's is made on the way back;
         # another model may have overwritten the input by then.
-        moved = None if model.task.name == "language" else move()
+        later = model.task.name == "language"
+        moved = None if later else move(plain["input"], changes[name]())
 
         def meet(g: Tensor) -> None:
-            products = move().mul_(g) if moved is None else moved * g
-            _add(sums[name], call.operation, products, samples)
+            if moved is None:
+                slopes = _slopes_by_parts(move, plain["input"], changes[name](), g)
+            else:
+                slopes = (moved * g).sum(1 if call.operation == "convolution" else -1)
+            _add(sums[name], slopes, samples)
 
         output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output
@@ -120,10 +135,18 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         return model.task.forward(model.module, ready)
 
 
-def _add(total: list[float], operation: str, products: Tensor, samples: int) -> None:
+def _slopes_by_parts(
+    move: Callable[[Tensor, Tensor], Tensor], x: Tensor, change: Tensor, g: Tensor
+) -> Tensor:
+    """g·dW x of a linear map or an embedding, at each position, a few at a time."""
+    inputs = x.flatten() if g.dim() == x.dim() + 1 else x.flatten(0, -2)  # tokens, or vectors
+    gradients = torch.split(g.flatten(0, -2), POSITIONS_AT_ONCE)
+    parts = zip(torch.split(inputs, POSITIONS_AT_ONCE), gradients, strict=True)
+    return torch.cat([move(part, change).mul_(gradient).sum(-1) for part, gradient in parts])
+
+
+def _add(total: list[float], slopes: Tensor, samples: int) -> None:
     """Add the squares of g·dW x: of each position, and of each sample's sum."""
-    features = 1 if operation == "convolution" else -1
-    slopes = products.sum(features)
     slopes = slopes.reshape(samples if slopes.numel() % samples == 0 else slopes.numel(), -1)
     total[0] += float(slopes.double().square().sum())
     total[1] += float(slopes.double().sum(1).square().sum())

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
-from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, kept_by_half
+from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, kept_numbers
 from attar.explain.moments import token_frequency
-from attar.kernels.symmetric import Symmetric, stored_numbers
+from attar.kernels.symmetric import Symmetric
+from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Batch, Curvature, Model, Progress, Statistics, Unit, Units
 
@@ -77,6 +78,7 @@ def gather_statistics(
             gatherer = Gatherer(model, units, divergence, seed * STREAMS + stream, draws)
             for piece in dealt[stream::STREAMS]:
                 gatherer.add(*piece)
+                release()
                 advance(1)
             return gatherer.sums
 
@@ -163,7 +165,7 @@ Half = Tensor | Symmetric
 class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
     """Curvature of every unit; what is kept by half is made whole each time it is asked for."""
 
-    def __init__(self, kept: Mapping[str, tuple[tuple[Tensor, Half, Half], ...]]) -> None:
+    def __init__(self, kept: Mapping[str, tuple[tuple[Half, Half, Half], ...]]) -> None:
         self._kept = kept
 
     def __getitem__(self, name: str) -> tuple[Curvature, ...]:
@@ -176,9 +178,13 @@ class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
         return len(self._kept)
 
     @staticmethod
-    def _whole(rows: Tensor, first: Half, second: Half) -> Curvature:
-        one, two = (h.dense()[None] if isinstance(h, Symmetric) else h for h in (first, second))
-        return Curvature(rows, one, one if second is first else two)
+    def _whole(rows: Half, first: Half, second: Half) -> Curvature:
+        one = _dense(first)
+        return Curvature(_dense(rows), one, one if second is first else _dense(second))
+
+
+def _dense(half: Half) -> Tensor:
+    return half.dense()[None] if isinstance(half, Symmetric) else half
 
 
 def _curvatures(pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int) -> _Curvatures:
@@ -194,19 +200,21 @@ def _curvatures(pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: 
 
 def _curvature(
     pair: Pair, sums: Sums, n: int, draws: int, done: dict[int, tuple[Half, Half]]
-) -> tuple[Tensor, Half, Half]:
+) -> tuple[Half, Half, Half]:
     """Normalise one use so that damage comes out in nats per prediction."""
     use, other = pair
     if id(use.columns) not in done:
         done[id(use.columns)] = _means(pair)
     first, second = done[id(use.columns)]
-    rows, positions = use.rows, use.columns.positions
+    rows: Any = use.rows
+    positions = use.columns.positions
     if other is not None:
         rows, positions = rows.add_(other.rows), positions + other.columns.positions
     if use.operation == "embedding":
         # The one-hot input is the frequency; gradients are what the columns meet.
         return token_frequency(rows, sums.answers) * (positions / n), first, second
-    if use.is_answer and rows.dim() == 1 and sums.spread is not None:
+    diagonal = isinstance(rows, Tensor) and rows.dim() == 1
+    if use.is_answer and diagonal and sums.spread is not None:
         return sums.spread / n, first, second
     return rows.div_(n * draws), first, second
 
@@ -224,10 +232,8 @@ def statistics_bytes(units: Units) -> int:
     for unit in units:
         for use in unit.uses:
             rows, columns = curvature_shapes(unit, use)
-            # Relevance, activation and Taylor sums of each channel.
-            whole = torch.Size(columns).numel()
-            kept = stored_numbers(columns[1]) if kept_by_half(columns) else whole
-            numbers += torch.Size(rows).numel() + 2 * kept + 4 * unit.rows
+            # And relevance, activation and Taylor sums of each channel.
+            numbers += STREAMS * (kept_numbers(rows) + kept_numbers(columns) + 4 * unit.rows)
     return numbers * torch.float32.itemsize
 
 

@@ -42,6 +42,12 @@ class Symmetric:
         for (start, end), block in zip(self._bounds, self._blocks, strict=True):
             block.addmm_(x[:, start:end].T, x[:, start:], alpha=times)
 
+    def add_(self, other: Symmetric) -> Symmetric:
+        """Add another sum of the same side in place."""
+        for block, more in zip(self._blocks, other._blocks, strict=True):
+            block.add_(more)
+        return self
+
     def div_(self, divisor: int | float) -> Symmetric:
         """Divide in place."""
         for block in self._blocks:

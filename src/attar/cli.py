@@ -6,9 +6,7 @@ Exit codes: 0 done and passed, 1 the verdict is failed, 2 an error in what was t
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -37,18 +35,19 @@ from attar.options import (
     Rounds,
     Seed,
     Size,
+    SizeOrNone,
     Slices,
     TaskName,
     Threads,
 )
 from attar.progress import open_progress
 from attar.records import Recipe
+from attar.screen import check_json, screen, show, write_json
 
 if TYPE_CHECKING:
     from attar.records import Verdict
 
 PASSED, FAILED, WRONG, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
-NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
 # Typer brings its own copy of click or imports it, by version; this is what all its errors share.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -88,15 +87,19 @@ def compress(
     recipe = _recipe(locals())
     with open_progress() as progress:
         report = pipeline.compress(recipe, out, force=force, progress=progress)
-    _show(report_to_text(report, **_screen()))
+    show(report_to_text(report, **screen()))
     return _exit_code(report.verdict)
 
 
 @app.command()
 def plan(
     model: ModelName,
-    size: Size,
+    size: SizeOrNone = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="plan.yaml to write.")] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Price once, and show what is lost at every size."),
+    ] = None,
     data: DataPath = None,
     slices: Slices = None,
     keep: Keep = None,
@@ -112,43 +115,52 @@ def plan(
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> None:
-    """Decide only; write a plan to read and edit."""
+    """Decide only; write a plan to read and edit, or what is lost at every size."""
     from attar import pipeline
     from attar.export.text_file import check_new_file, write_whole
     from attar.plan.planfile import plan_to_yaml
+    from attar.report.frontier import frontier_to_text
     from attar.report.terminal import plan_to_text
 
-    recipe = _recipe(locals())
+    _check_one_of(size, frontier, out)
+    recipe = _recipe({**locals(), "size": size or ""})
+    if frontier is not None:
+        with open_progress() as progress:
+            found = pipeline.frontier(recipe, frontier, force=force, progress=progress)
+        show(frontier_to_text(found, **screen()))
+        show(f"\npicture  {frontier / 'frontier.html'}")
+        show(f"next     attar apply {frontier} --size SIZE --out DIR")
+        return
     if out is not None:
         check_new_file(out, force=force)
     with open_progress() as progress:
         made, session = pipeline.plan(recipe, progress=progress)
     if out is not None:
         write_whole(out, plan_to_yaml(made))
-    _show(plan_to_text(made, session.units.units, **_screen()))
+    show(plan_to_text(made, session.units.units, **screen()))
     if out is not None:
-        _show(f"\nplan  {out}\nnext  attar apply {out} --out DIR")
+        show(f"\nplan  {out}\nnext  attar apply {out} --out DIR")
 
 
 @app.command()
 def apply(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="From attar plan.")],
     out: Out,
+    size: SizeOrNone = None,
     factory: Factory = None,
     threads: Threads = 2,
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> int:
-    """Do what a plan says, without deciding again."""
+    """Do what a plan says, without deciding again, or fit a frontier's --size without pricing."""
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
-    recipe = Recipe(model="", factory=factory, threads=threads, accept_licence=accept_licence)
+    recipe = Recipe("", size or "", factory=factory, threads=threads, accept_licence=accept_licence)
+    do = pipeline.apply_plan_file if size is None else pipeline.apply_frontier_file
     with open_progress() as progress:
-        report = pipeline.apply_plan_file(
-            plan_file, out, recipe=recipe, force=force, progress=progress
-        )
-    _show(report_to_text(report, **_screen()))
+        report = do(plan_file, out, recipe=recipe, force=force, progress=progress)
+    show(report_to_text(report, **screen()))
     return _exit_code(report.verdict)
 
 
@@ -181,17 +193,17 @@ def explain(
 
     recipe = _recipe(locals())
     _check_criterion(criterion)
-    _check_json(json_file)
+    check_json(json_file)
     with open_progress() as progress:
         scores, statistics, session = pipeline.explain(recipe, progress=progress)
     chosen = {criterion: scores[criterion]}
     relevance = decide.relevance(statistics)
-    _show(scores_to_text(session.units, chosen, relevance.slices, **_screen()))
+    show(scores_to_text(session.units, chosen, relevance.slices, **screen()))
     if units:
         lines = [f"  {name}: {why}" for name, why in serving.leftover_reasons(session).items()]
-        _show("\n".join(["not units, stored as they are:", *(lines or ["  none"])]))
+        show("\n".join(["not units, stored as they are:", *(lines or ["  none"])]))
     if json_file is not None:
-        _write_json(json_file, serving.explanation_to_json(session, scores, relevance.slices))
+        write_json(json_file, serving.explanation_to_json(session, scores, relevance.slices))
 
 
 @app.command(name="audit")
@@ -222,14 +234,14 @@ def audit_command(
 
     first = _recipe({**locals(), "model": original, "factory": None})
     second = Recipe(model=compressed, factory=factory, task=task, accept_licence=accept_licence)
-    _check_json(json_file)
+    check_json(json_file)
     with open_progress() as progress:
         found = pipeline.audit(first, second, progress=progress)
-    _show(audit_to_text(found.verdict, **_screen()))
+    show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
-        _write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
+        write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
     if report is not None:
-        _show(f"report  {write_report(found, report)[0]}")
+        show(f"report  {write_report(found, report)[0]}")
     return _exit_code(found.verdict)
 
 
@@ -252,14 +264,14 @@ def run(
     from attar import serving
     from attar.session import open_model
 
-    _check_json(json_file)
+    check_json(json_file)
     recipe = Recipe(model=model, factory=factory, task=task, accept_licence=accept_licence)
     with open_progress() as progress, progress.stage(f"load {model}", 0):
         opened = open_model(recipe)
     answer = serving.run(opened, inputs or [], max_tokens=max_tokens, seed=seed)
-    _show(answer.text)
+    show(answer.text)
     if json_file is not None:
-        _write_json(json_file, answer.facts)
+        write_json(json_file, answer.facts)
 
 
 @app.command()
@@ -277,22 +289,22 @@ def models(
     from attar.report.terminal import models_to_text
 
     if action is None:
-        _show(models_to_text(serving.model_rows(), **_screen()))
+        show(models_to_text(serving.model_rows(), **screen()))
         return
     if action != "get" or name is None:
         raise typer.BadParameter("`attar models` lists them, `attar models get NAME` fetches one")
-    _show(serving.describe_model(name))
+    show(serving.describe_model(name))
     if degrid is not None and out is None:
         out = Path(f"{name}-degrid-{degrid}")
     with open_progress() as progress, progress.stage(f"fetch and convert {name}", 0):
         model = serving.get_model(name, degrid=degrid, accept_licence=accept_licence, out=out)
     place = "in the cache" if out is None else f"written to {out}"
-    _show(f"ready: {model.origin}, {place}")
+    show(f"ready: {model.origin}, {place}")
 
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        _show(f"attar {version('attar')}")
+        show(f"attar {version('attar')}")
         raise typer.Exit
     return wanted
 
@@ -316,6 +328,13 @@ def _recipe(arguments: Mapping[str, Any]) -> Recipe:
     return Recipe(**chosen)
 
 
+def _check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:
+    if (size is None) == (frontier is None):
+        raise typer.BadParameter("ask for one --size SIZE, or for all with --frontier DIR")
+    if frontier is not None and out is not None:
+        raise typer.BadParameter("--frontier DIR is where it is written: leave --out out")
+
+
 def _check_criterion(name: str) -> None:
     from attar.errors import SettingError
     from attar.explain import CRITERIA
@@ -324,30 +343,6 @@ def _check_criterion(name: str) -> None:
         raise SettingError(
             f"there is no criterion {name!r}.", hint=f"use one of {', '.join(CRITERIA)}."
         )
-
-
-def _check_json(path: Path | None) -> None:
-    from attar.export.text_file import check_new_file
-
-    if path is not None:
-        check_new_file(path, force=True)
-
-
-def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    from attar.export.text_file import write_whole
-
-    write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-
-
-def _show(text: str) -> None:
-    typer.echo(text.rstrip("\n"))
-
-
-def _screen() -> dict[str, Any]:
-    """Width and colour of the terminal; no colour where there is none, or where it is unwanted."""
-    columns = shutil.get_terminal_size((100, 24)).columns
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return {"width": min(max(columns, NARROWEST), WIDEST), "colour": colour}
 
 
 def _exit_code(verdict: Verdict) -> int:

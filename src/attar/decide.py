@@ -13,11 +13,14 @@ from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
 from attar.explain.price import rounding_moment, row_weights
 from attar.plan import candidates as menus
+from attar.plan.frontier import corrected, spread_sizes
 from attar.plan.refine import refine
 from attar.plan.solve import smallest, solve, weight_bytes
 from attar.records import (
     Budget,
     Candidate,
+    Frontier,
+    FrontierPoint,
     Plan,
     Receipt,
     Round,
@@ -44,6 +47,10 @@ FITTING_TRIES = 4
 UNUSED_SHARE = 0.003
 # Below this many nats the ratio of measured to predicted damage is noise.
 SMALLEST_CORRECTED = 1e-6
+# Points of a frontier from the smallest size to these bits per weight, and which of them are
+# carried out and measured: prices are least to be trusted where most is lost.
+FRONTIER_POINTS, FRONTIER_MOST_BITS = 12, 8
+FRONTIER_MEASURED = (0, 2, 4, 7, 11)
 
 Candidates = Mapping[str, Sequence[Candidate]]
 
@@ -150,6 +157,31 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         notes=(*session.notes, *_refusals(candidates)),
     )
     return _packed(replace(decided, plan=corrected))
+
+
+def frontier(session: Session, candidates: Candidates, statistics: Statistics) -> Frontier:
+    """Solve for a row of sizes, from the smallest there is; carry out and measure some of them."""
+    overhead = writing.estimated_overhead(session)
+    least = weight_bytes(smallest(candidates))
+    most = FRONTIER_MOST_BITS * sum(unit.n_weights for unit in session.units) // 8
+    points = []
+    for number, limit in enumerate(spread_sizes(least, most, FRONTIER_POINTS)):
+        budget = Budget(overhead + limit, session.recipe.keep)
+        choices = _solve(session, candidates, budget, overhead)
+        size, measured = overhead + weight_bytes(choices), None
+        predicted = sum(c.predicted_damage or 0.0 for c in choices.values())
+        if number in FRONTIER_MEASURED:
+            decided = _carry_out(session, choices, budget, overhead, statistics)
+            size, overhead = decided.plan.weight_bytes, decided.plan.overhead_bytes
+            measured = _measured(session, decided, 1.0).measured_damage
+        points.append(FrontierPoint(size, predicted, predicted, measured))
+    return Frontier(
+        recipe=session.recipe,
+        n_parameters=session.n_parameters,
+        bytes_at_16_bits=session.bytes_at_16_bits,
+        points=corrected(points, SMALLEST_CORRECTED),
+        candidates=candidates,
+    )
 
 
 def _packed(decided: Decided) -> Decided:

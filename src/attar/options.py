@@ -13,6 +13,10 @@ Size = Annotated[
     str,
     typer.Option(metavar="SIZE", help="Of the whole written folder: 60MB, 64MiB, 25%, 3.1bits."),
 ]
+SizeOrNone = Annotated[
+    str | None,
+    typer.Option("--size", metavar="SIZE", help="Of the whole written folder, as for compress."),
+]
 DataPath = Annotated[
     str | None,
     typer.Option("--data", metavar="PATH", help="File or folder; else the default of the task."),

@@ -6,9 +6,10 @@ load → explain → cost → plan → transform → audit → export → report
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from attar import decide, judging, serving, writing
 from attar.errors import PlanError
@@ -16,9 +17,11 @@ from attar.explain import CRITERIA
 from attar.export import attar_folder
 from attar.load.model import is_factory
 from attar.memory import peak_bytes
-from attar.plan.candidates import check_keep
+from attar.plan.candidates import Build, check_keep
+from attar.plan.frontier import FRONTIER_FILE, frontier_to_json, read_prices
 from attar.plan.planfile import plan_to_yaml, read_plan
 from attar.records import (
+    Frontier,
     Plan,
     Progress,
     Recipe,
@@ -28,9 +31,12 @@ from attar.records import (
     Statistics,
     Units,
 )
+from attar.report.frontier import frontier_to_html
 from attar.report.html import write_report
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import build_transform
+
+Made = TypeVar("Made")
 
 
 def compress(
@@ -45,13 +51,19 @@ def compress(
     return compress_session(open_recipe(recipe, progress), out)
 
 
-def compress_session(session: Session, out: Path) -> Report:
-    """Do what `compress` does with a model and data at hand."""
+def compress_session(
+    session: Session, out: Path, priced: decide.Candidates | None = None
+) -> Report:
+    """Do what `compress` does with a model and data at hand.
+
+    Args:
+        priced: Of a frontier; None to price now.
+    """
     check_wishes(session)
     forecast = judging.forecast_memory(session)
     statistics = decide.explain(session)
     scores = score_all(session, statistics)
-    candidates = decide.price(session, statistics)
+    candidates = priced or decide.price(session, statistics)
     decided = decide.plan(session, candidates, statistics)
     relevance = decide.relevance(statistics)
     del statistics  # the largest thing in memory, and the audit does not need it
@@ -124,6 +136,38 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Ses
     return decide.plan(session, candidates, statistics).plan, session
 
 
+def frontier(recipe: Recipe, out: Path, *, force: bool, progress: Progress | None) -> Frontier:
+    """Price once, and write what the least damage is at every size, as a page and as JSON."""
+    attar_folder.check_output(out, force=force, holds=FRONTIER_FILE, option="--frontier")
+    session = open_recipe(recipe, progress)
+    check_keep(session.units, recipe.keep)
+    statistics = decide.explain(session)
+    made = decide.frontier(session, decide.price(session, statistics), statistics)
+    with attar_folder.replaced_folder(out) as partial:
+        texts = {FRONTIER_FILE: frontier_to_json(made), "frontier.html": frontier_to_html(made)}
+        attar_folder.write_files(partial, {name: text.encode() for name, text in texts.items()})
+    return made
+
+
+def apply_frontier_file(
+    path: Path,
+    out: Path,
+    *,
+    recipe: Recipe,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress to any size from the prices of a frontier.
+
+    Args:
+        recipe: The size, and what the file does not hold; see `open_plan`.
+    """
+    attar_folder.check_output(out, force=force)
+    file = path / FRONTIER_FILE if path.is_dir() else path
+    session, candidates = _reopened(lambda *ask: read_prices(file, *ask), recipe, progress)
+    return compress_session(session, out, candidates)
+
+
 def check_wishes(session: Session) -> None:
     """Refuse a size that cannot be read, or a unit to keep that is not there, before long work."""
     session.budget_bytes()
@@ -170,11 +214,21 @@ def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> t
         recipe: What a plan does not hold: the accepted licence, the code of a factory model, and
             how much is done at once.
     """
+    session, made = _reopened(lambda *ask: read_plan(path, *ask), recipe, progress)
+    return made, session
+
+
+Read = Callable[[Callable[[Recipe], Units], Build], Made]
+
+
+def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tuple[Session, Made]:
+    """Open the session a file was made in, and read the file with its units."""
     opened: list[Session] = []
 
     def units_of(planned: Recipe) -> Units:
         own = replace(
             planned,
+            size=recipe.size or planned.size,
             accept_licence=recipe.accept_licence,
             factory=recipe.factory,
             threads=recipe.threads,
@@ -184,8 +238,8 @@ def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> t
         opened.append(open_recipe(own, progress))
         return opened[0].units
 
-    made = read_plan(path, units_of, build_transform)
-    return made, opened[0]
+    made = read(units_of, build_transform)
+    return opened[0], made
 
 
 def _named_code(planned: str, typed: str | None) -> str:

@@ -433,6 +433,42 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class FrontierPoint:
+    """The best plan at one size.
+
+    Attributes:
+        weight_bytes: Of the whole folder, as far as it is known before it is written.
+        predicted_damage: Sum of prices, nats per prediction.
+        corrected_damage: Times the ratio of measured to predicted, between measured neighbours.
+        measured_damage: On recovery data; None where it was not measured.
+        is_sure: Whether the correction is known well enough.
+    """
+
+    weight_bytes: int
+    predicted_damage: float
+    corrected_damage: float
+    measured_damage: float | None = None
+    is_sure: bool = True
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All prices of a model and the points that were solved from them.
+
+    Attributes:
+        points: From the smallest size to the largest.
+        candidates: Unit name to what may be done to it.
+        bytes_at_16_bits: Of the model before.
+    """
+
+    recipe: Recipe
+    n_parameters: int
+    bytes_at_16_bits: int
+    points: tuple[FrontierPoint, ...]
+    candidates: Mapping[str, Sequence[Candidate]]
+
+
+@dataclass(frozen=True)
 class Round:
     """One turn of solve, measure, correct.
 

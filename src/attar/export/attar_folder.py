@@ -60,8 +60,14 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def check_output(folder: Path, *, force: bool) -> None:
+def check_output(
+    folder: Path, *, force: bool, holds: str = DESCRIPTION, option: str = "--out"
+) -> None:
     """Refuse an output folder before any work is done for it.
+
+    Args:
+        holds: The file by which a folder is known as one that may be replaced.
+        option: Where the folder was named.
 
     Raises:
         OutputError: It exists (and not `force`), is not a folder Attar wrote, or its parent cannot
@@ -69,17 +75,17 @@ def check_output(folder: Path, *, force: bool) -> None:
     """
     if folder.exists():
         if not force:
-            raise OutputError(f"{folder} exists.", hint="choose another --out, or add --force.")
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / DESCRIPTION).exists()):
+            raise OutputError(f"{folder} exists.", hint=f"choose another {option}, or add --force.")
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / holds).exists()):
             raise OutputError(
                 f"{folder} is not a folder that Attar wrote, so --force does not replace it.",
-                hint="choose another --out.",
+                hint=f"choose another {option}.",
             )
     parent = folder.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise OutputError(f"cannot write in {parent}.", hint="choose another --out.")
+        raise OutputError(f"cannot write in {parent}.", hint=f"choose another {option}.")
 
 
 @contextmanager

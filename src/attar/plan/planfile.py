@@ -28,16 +28,16 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     return {
         "attar_plan": VERSION,
         "model": plan.model,
-        "recipe": _recipe_to_dict(plan.recipe),
+        "recipe": recipe_to_dict(plan.recipe),
         "weight_bytes": plan.budget.weight_bytes,
         "keep": list(plan.budget.keep),
         "overhead_bytes": plan.overhead_bytes,
-        "predicted_damage": _rounded(plan.predicted_damage),
+        "predicted_damage": rounded(plan.predicted_damage),
         "rounds": [
             {
-                "predicted_damage": _rounded(r.predicted_damage),
-                "corrected_damage": _rounded(r.corrected_damage),
-                "measured_damage": _rounded(r.measured_damage),
+                "predicted_damage": rounded(r.predicted_damage),
+                "corrected_damage": rounded(r.corrected_damage),
+                "measured_damage": rounded(r.measured_damage),
                 "weight_bytes": r.weight_bytes,
             }
             for r in plan.rounds
@@ -48,14 +48,14 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
                 "treatment": c.treatment,
                 **c.settings,
                 "bytes": c.cost.weight_bytes,
-                "nats": _rounded(c.predicted_damage or 0.0),
+                "nats": rounded(c.predicted_damage or 0.0),
             }
             for name, c in plan.choices.items()
         },
     }
 
 
-def _recipe_to_dict(recipe: Recipe | None) -> dict[str, Any]:
+def recipe_to_dict(recipe: Recipe | None) -> dict[str, Any]:
     """Leave out what is at its default, and what the plan says elsewhere."""
     if recipe is None:
         return {}
@@ -113,7 +113,7 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _rounded(number: float) -> float:
+def rounded(number: float) -> float:
     """Six digits: more would not be read, and differ between machines."""
     return float(f"{number:.6g}")
 
@@ -233,10 +233,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             hint="undo the last edit, or make the plan again with attar plan.",
         ) from error
     if not isinstance(content, dict) or content.get("attar_plan") != VERSION:
-        raise PlanError(
-            f"{path} is not an Attar plan (no attar_plan: {VERSION}).",
-            hint="make one with: attar plan MODEL --size 60MB --out plan.yaml",
-        )
+        hint = "make one with: attar plan MODEL --size 60MB --out plan.yaml"
+        if isinstance(content, dict) and "attar_frontier" in content:
+            hint = "it is a frontier: say which point of it with --size, such as --size 60MB."
+        raise PlanError(f"{path} is not an Attar plan (no attar_plan: {VERSION}).", hint=hint)
     return content
 
 

@@ -37,7 +37,7 @@ def report_to_html(report: Report) -> str:
 
 def page_text(facts: dict[str, Any]) -> str:
     """The page of a record that `report_to_json` made."""
-    environment = _environment()
+    environment = page_environment()
     script = environment.get_template("page.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     verdict = facts["verdict"]
@@ -69,7 +69,8 @@ def page_text(facts: dict[str, Any]) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Templates that escape all they are given, with the filters that write numbers."""
     environment = Environment(
         loader=PackageLoader("attar", "report"),
         autoescape=True,

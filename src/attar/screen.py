@@ -1,0 +1,42 @@
+"""What commands write to: the terminal, and a file of facts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse a file that --json cannot be written to, before long work."""
+    from attar.export.text_file import check_new_file
+
+    if path is not None:
+        check_new_file(path, force=True)
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts as a whole file, or not at all."""
+    from attar.export.text_file import write_whole
+
+    write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def show(text: str) -> None:
+    """Write text to stdout."""
+    typer.echo(text.rstrip("\n"))
+
+
+def screen() -> dict[str, Any]:
+    """Width and colour of the terminal; no colour where there is none, or where it is unwanted."""
+    columns = shutil.get_terminal_size((100, 24)).columns
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return {"width": min(max(columns, NARROWEST), WIDEST), "colour": colour}

@@ -52,6 +52,8 @@ def visit(chromium, page: Path, width=1280, scheme="light", script=True):
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     scheme = {"name": "prefers-color-scheme", "value": scheme}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    # A window that no one looks at has no focus, and tells no element of it.
+    chromium.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
     chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not script})
     chromium.get(page.as_uri())

@@ -129,3 +129,5 @@ def test_the_command_line_asks_for_one_size_or_all(capsys, tmp_path):
     (tmp_path / "plan.yaml").write_text('{"attar_frontier": 1}')
     assert main(["apply", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "o")]) == 2
     assert "--size" in capsys.readouterr().err
+    assert main(["apply", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    assert "goes with --size" in capsys.readouterr().err

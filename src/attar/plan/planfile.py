@@ -221,10 +221,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             )
         content = yaml.safe_load(text)
     except OSError as error:
-        raise PlanError(
-            f"cannot read {path}: {error.strerror}.",
-            hint="make one with: attar plan MODEL --size 60MB --out plan.yaml",
-        ) from error
+        hint = "make one with: attar plan MODEL --size 60MB --out plan.yaml"
+        if path.is_dir():
+            hint = "a folder of a frontier goes with --size, such as --size 60MB."
+        raise PlanError(f"cannot read {path}: {error.strerror}.", hint=hint) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""

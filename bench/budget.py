@@ -19,10 +19,9 @@ from results_file import Bench, Finding, Options, Row, main, number, of_model
 from attar import decide, writing
 from attar.errors import BudgetError
 from attar.export.attar_folder import write_files
-from attar.pipeline import open_recipe
 from attar.progress import open_progress
 from attar.records import Recipe, Statistics
-from attar.session import Session
+from attar.session import Session, open_recipe
 
 # Targets, as issue 2 states them.
 N_BUDGETS = 10

@@ -85,8 +85,8 @@ def forward_in_child(asked: Mapping[str, Any]) -> None:
 
     import torch
 
-    from attar.pipeline import open_recipe
     from attar.records import Recipe
+    from attar.session import open_recipe
 
     session = open_recipe(
         Recipe(

@@ -40,11 +40,10 @@ from torch import Tensor
 
 from attar import decide
 from attar.explain.price import damage
-from attar.pipeline import open_recipe
 from attar.plan.candidates import Treatment, group_sizes
 from attar.progress import open_progress
 from attar.records import Batch, Curvature, Progress, Recipe, Replacement, Statistics, Unit, Units
-from attar.session import Session
+from attar.session import Session, open_recipe
 from attar.transform.apply import build_transform
 
 # Targets, as issue 2 states them. Whisper's decoder is a language model, and is held to the same.

@@ -33,11 +33,10 @@ from results_file import Bench, Finding, Options, Row, main, median, number, of_
 from torch import Tensor, nn
 
 from attar import decide
-from attar.pipeline import open_recipe
 from attar.plan.candidates import AVERAGE_BITS, KEEP, Treatment
 from attar.progress import open_progress
 from attar.records import Batch, Budget, Candidate, Plan, Progress, Recipe, Statistics, Unit
-from attar.session import Session
+from attar.session import Session, open_recipe
 from attar.sites import Call, watched
 from attar.transform.apply import build_transform, substitutions
 

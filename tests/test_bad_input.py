@@ -400,7 +400,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path.insert(0, {tests!r})
 from attar.cli import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())  # as the installed command
 """
 
 

@@ -12,6 +12,7 @@ from attar.errors import PlanError
 from attar.plan.frontier import corrected, read_prices, spread_sizes
 from attar.records import FrontierPoint, Recipe
 from attar.report.frontier import draw_frontier
+from attar.session import open_recipe
 from attar.transform.apply import build_transform
 
 
@@ -81,7 +82,7 @@ def test_points_are_smaller_where_more_is_lost(made):
 
 def test_the_file_gives_the_same_prices_back(made):
     folder, frontier = made
-    session = pipeline.open_recipe(frontier.recipe)
+    session = open_recipe(frontier.recipe)
     found = read_prices(folder / "frontier.json", lambda _: session.units, build_transform)
     assert found == {name: list(of) for name, of in frontier.candidates.items()}
     assert "<svg" in (folder / "frontier.html").read_text()
@@ -110,7 +111,7 @@ def test_any_size_is_applied_without_pricing(made, tmp_path, monkeypatch):
 )
 def test_a_damaged_file_is_refused(made, tmp_path, change, says):
     folder, frontier = made
-    session = pipeline.open_recipe(frontier.recipe)
+    session = open_recipe(frontier.recipe)
     content = json.loads((folder / "frontier.json").read_text())
     change(content)
     path = tmp_path / "frontier.json"

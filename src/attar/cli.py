@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attar.command_output import check_json, screen, show, write_json
 from attar.errors import AttarError
 from attar.options import (
     MODEL_HELP,
@@ -27,10 +28,12 @@ from attar.options import (
     Degrid,
     Factory,
     Force,
+    FrontierFolder,
     JsonFile,
     Keep,
     ModelName,
     Out,
+    PlanFile,
     Recovery,
     Rounds,
     Seed,
@@ -42,7 +45,6 @@ from attar.options import (
 )
 from attar.progress import open_progress
 from attar.records import Recipe
-from attar.screen import check_json, screen, show, write_json
 
 if TYPE_CHECKING:
     from attar.records import Verdict
@@ -96,10 +98,7 @@ def plan(
     model: ModelName,
     size: SizeOrNone = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="plan.yaml to write.")] = None,
-    frontier: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Price once, and show what is lost at every size."),
-    ] = None,
+    frontier: FrontierFolder = None,
     data: DataPath = None,
     slices: Slices = None,
     keep: Keep = None,
@@ -119,17 +118,12 @@ def plan(
     from attar import pipeline
     from attar.export.text_file import check_new_file, write_whole
     from attar.plan.planfile import plan_to_yaml
-    from attar.report.frontier import frontier_to_text
     from attar.report.terminal import plan_to_text
 
     _check_one_of(size, frontier, out)
     recipe = _recipe({**locals(), "size": size or ""})
     if frontier is not None:
-        with open_progress() as progress:
-            found = pipeline.frontier(recipe, frontier, force=force, progress=progress)
-        show(frontier_to_text(found, **screen()))
-        show(f"\npicture  {frontier / 'frontier.html'}")
-        show(f"next     attar apply {frontier} --size SIZE --out DIR")
+        _plan_all_sizes(recipe, frontier, force)
         return
     if out is not None:
         check_new_file(out, force=force)
@@ -144,7 +138,7 @@ def plan(
 
 @app.command()
 def apply(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="From attar plan.")],
+    plan_file: PlanFile,
     out: Out,
     size: SizeOrNone = None,
     factory: Factory = None,
@@ -318,14 +312,23 @@ def root(
     """Run before every command; the version is printed by the option itself."""
 
 
-# ---------------------------------------------------------------------------------------------
-
-
 def _recipe(arguments: Mapping[str, Any]) -> Recipe:
     """Pick what a recipe asks for out of a command's arguments."""
     chosen = {name: arguments[name] for name in Recipe.__dataclass_fields__ if name in arguments}
     chosen["keep"] = tuple(chosen.get("keep") or ())
     return Recipe(**chosen)
+
+
+def _plan_all_sizes(recipe: Recipe, folder: Path, force: bool) -> None:
+    """Do what `attar plan --frontier` does."""
+    from attar import pipeline
+    from attar.report.frontier import frontier_to_text
+
+    with open_progress() as progress:
+        found = pipeline.frontier(recipe, folder, force=force, progress=progress)
+    show(frontier_to_text(found, **screen()))
+    then = f"attar apply {folder} --size SIZE --out DIR"
+    show(f"\npicture  {folder / 'frontier.html'}\nnext     {then}")
 
 
 def _check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:
@@ -375,6 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("there is not enough memory.", "use a smaller model, or --calibration N")
     if code == INTERRUPTED:
         typer.echo("interrupted; nothing was written.", err=True)
+        if arguments is None:  # native threads that were cut short now and then abort a usual exit
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
     return int(code or PASSED)
 
 
@@ -387,9 +393,6 @@ def _quieten(debug: bool) -> None:
 
 
 def _fail(problem: str, hint: str) -> int:
-    typer.echo(f"error: {_one_line(problem)}\nhint: {_one_line(hint)}", err=True)
+    one_line = [" ".join(text.split()) for text in (problem, hint)]
+    typer.echo("error: {}\nhint: {}".format(*one_line), err=True)
     return WRONG
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -17,6 +17,13 @@ SizeOrNone = Annotated[
     str | None,
     typer.Option("--size", metavar="SIZE", help="Of the whole written folder, as for compress."),
 ]
+FrontierFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Price once, and show what is lost at every size."),
+]
+PlanFile = Annotated[
+    Path, typer.Argument(metavar="PLAN", help="From attar plan, or the folder of its frontier.")
+]
 DataPath = Annotated[
     str | None,
     typer.Option("--data", metavar="PATH", help="File or folder; else the default of the task."),

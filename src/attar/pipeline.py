@@ -6,20 +6,16 @@ load → explain → cost → plan → transform → audit → export → report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from attar import decide, judging, serving, writing
-from attar.errors import PlanError
 from attar.explain import CRITERIA
 from attar.export import attar_folder
-from attar.load.model import is_factory
 from attar.memory import peak_bytes
-from attar.plan.candidates import Build, check_keep
-from attar.plan.frontier import FRONTIER_FILE, frontier_to_json, read_prices
-from attar.plan.planfile import plan_to_yaml, read_plan
+from attar.plan.candidates import check_keep
+from attar.plan.frontier import FRONTIER_FILE, frontier_to_json
+from attar.plan.planfile import plan_to_yaml
 from attar.records import (
     Frontier,
     Plan,
@@ -27,16 +23,12 @@ from attar.records import (
     Recipe,
     Report,
     Scores,
-    Silent,
     Statistics,
-    Units,
 )
+from attar.reopening import open_plan, open_prices
 from attar.report.frontier import frontier_to_html
 from attar.report.html import write_report
-from attar.session import Session, open_model, open_session
-from attar.transform.apply import build_transform
-
-Made = TypeVar("Made")
+from attar.session import Session, open_model, open_recipe
 
 
 def compress(
@@ -163,8 +155,7 @@ def apply_frontier_file(
         recipe: The size, and what the file does not hold; see `open_plan`.
     """
     attar_folder.check_output(out, force=force)
-    file = path / FRONTIER_FILE if path.is_dir() else path
-    session, candidates = _reopened(lambda *ask: read_prices(file, *ask), recipe, progress)
+    candidates, session = open_prices(path, recipe, progress)
     return compress_session(session, out, candidates)
 
 
@@ -197,56 +188,3 @@ def audit(original: Recipe, compressed: Recipe, *, progress: Progress | None = N
     other = open_model(compressed)
     verdict = judging.judge_models(session, other)
     return serving.audit_report(session, other, verdict, Path(compressed.model))
-
-
-def open_recipe(recipe: Recipe, progress: Progress | None = None) -> Session:
-    """Load the model and its data."""
-    shown = progress or Silent()
-    with shown.stage(f"load {recipe.model}", 0):
-        model = open_model(recipe)
-    return open_session(recipe, model, shown)
-
-
-def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> tuple[Plan, Session]:
-    """Read a plan file with the session it was made in: same model, data and seed.
-
-    Args:
-        recipe: What a plan does not hold: the accepted licence, the code of a factory model, and
-            how much is done at once.
-    """
-    session, made = _reopened(lambda *ask: read_plan(path, *ask), recipe, progress)
-    return made, session
-
-
-Read = Callable[[Callable[[Recipe], Units], Build], Made]
-
-
-def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tuple[Session, Made]:
-    """Open the session a file was made in, and read the file with its units."""
-    opened: list[Session] = []
-
-    def units_of(planned: Recipe) -> Units:
-        own = replace(
-            planned,
-            size=recipe.size or planned.size,
-            accept_licence=recipe.accept_licence,
-            factory=recipe.factory,
-            threads=recipe.threads,
-        )
-        if is_factory(planned.model):
-            own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)
-        opened.append(open_recipe(own, progress))
-        return opened[0].units
-
-    made = read(units_of, build_transform)
-    return opened[0], made
-
-
-def _named_code(planned: str, typed: str | None) -> str:
-    if typed != planned:
-        raise PlanError(
-            f"the plan is for code of your own, {planned}, which is not run just because a file "
-            "names it.",
-            hint=f"name the code: --factory {planned}",
-        )
-    return planned

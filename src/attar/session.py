@@ -36,6 +36,7 @@ from attar.records import (
     Progress,
     Recipe,
     Replacement,
+    Silent,
     Statistics,
     Transform,
     Unit,
@@ -307,6 +308,14 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
         accept_licence=recipe.accept_licence,
         task=recipe.task,
     )
+
+
+def open_recipe(recipe: Recipe, progress: Progress | None = None) -> Session:
+    """Load the model and its data."""
+    shown = progress or Silent()
+    with shown.stage(f"load {recipe.model}", 0):
+        model = open_model(recipe)
+    return open_session(recipe, model, shown)
 
 
 def open_session(

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from attar.divergence import Divergence
 from attar.errors import DataError
 from attar.explain import moments
+from attar.explain.sampling import PREDICTIONS_AT_ONCE, drawn_gradient, go_back, tracked
 from attar.kernels.symmetric import Symmetric, stored_numbers
 from attar.records import Batch, Model, Unit, Units
 from attar.sites import Call, watched
@@ -26,8 +27,6 @@ KEPT_BY_HALF_FROM = 512
 # R beyond this side is kept as its diagonal: rounding rows one by one makes errors that do not hang
 # together between rows, so what lies off the diagonal hardly changes a price.
 FULL_ROWS_LIMIT = 1024
-# Predictions whose gradient is drawn at once: each takes a few times the width of an answer.
-PREDICTIONS_AT_ONCE = 128
 ALL = ""  # the slice that holds every sample
 
 
@@ -122,13 +121,16 @@ class Gatherer:
         if self._divergence.family == "categorical":
             self._add_answers(answers, mask)
         maker = self._take_answer(answers)
-        for left in reversed(range(self._draws)):
+
+        def draw(answers: Tensor) -> Tensor:
             gradient = drawn_gradient(self._divergence, answers, mask, self._generator)
             if maker is not None:
                 self._add_products(maker, answers, gradient)
-            if left == 0:
-                del answers  # a language model's are large, and the way back does not need them
-            torch.autograd.backward(edge, gradient, retain_graph=left > 0)
+            return gradient
+
+        kept = [answers]
+        del answers
+        go_back(edge, kept, draw, self._draws)
         for held in self._held:
             add_held(held)  # some answer it was read for never mattered
         # The input holds the graph, whose hooks hold this object: neither would ever be freed.
@@ -332,22 +334,6 @@ def add_held(held: Held) -> None:
     held.x, held.weights = held.x[:0], 0.0
 
 
-def drawn_gradient(
-    divergence: Divergence, outputs: Tensor, mask: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Gradient of an answer sampled for every prediction, a few predictions at a time.
-
-    Args:
-        outputs: `samples predictions width`, without a graph.
-        mask: Which of them are predictions; the gradient is 0 elsewhere.
-    """
-    gradient = torch.zeros_like(outputs)
-    for where in torch.split(mask.nonzero(), PREDICTIONS_AT_ONCE):
-        chosen = where.unbind(1)
-        gradient[chosen] = divergence.sampled_gradient(outputs[chosen], generator)
-    return gradient
-
-
 def new_use(unit: Unit, call: Call) -> Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
     rows, columns = curvature_shapes(unit, call.operation)
@@ -379,14 +365,6 @@ def curvature_shapes(unit: Unit, operation: str) -> tuple[tuple[int, ...], tuple
         return (unit.rows,), side(1, unit.columns, FULL_COLUMNS_LIMIT)
     rows = side(unit.groups, unit.rows // unit.groups, FULL_ROWS_LIMIT)
     return rows, side(unit.groups, unit.columns, FULL_COLUMNS_LIMIT)
-
-
-def tracked(output: Tensor) -> Tensor:
-    """Start the graph at a tensor nothing before it needs gradients for.
-
-    The copy is not a leaf, so that the model may go on to change it in place.
-    """
-    return output.detach().requires_grad_().clone()
 
 
 def add_to(sums: dict[str, Tensor], name: str, values: Tensor) -> None:

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from attar.divergence import Divergence
-from attar.explain.gatherer import drawn_gradient, tracked
+from attar.explain.moments import POSITIONS_AT_ONCE
+from attar.explain.sampling import drawn_gradient, go_back, tracked
 from attar.explain.statistics import pieces
 from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress
 from attar.sites import Call, substituted, watched
 
-# Positions whose move is made at once: with the answers of a language model they are large.
-POSITIONS_AT_ONCE = 128
+# Language models go back one at a time: there the outputs' gradient, the change and the decoded
+# weight of a large vocabulary meet.
+_one_goes_back = Lock()
 
 Changes = Mapping[str, Callable[[], Tensor]]
 """Unit name to a function that makes its change, in the shape the module holds."""
@@ -71,14 +76,12 @@ def probe(
                 outputs = _run(model, piece, changes, sums)
             mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
             predictions += int(mask.sum())
-            edge, answers = get_gradient_edge(outputs), outputs.detach()
-            del outputs  # a language model's are large, and the way back does not need them
-            for draw in range(draws):
-                gradient = drawn_gradient(divergence, answers, mask, generator)
-                if draw + 1 == draws:
-                    del answers
-                torch.autograd.backward(edge, gradient, retain_graph=draw + 1 < draws)
-            del edge, gradient
+            edge, kept = get_gradient_edge(outputs), [outputs.detach()]
+            del outputs
+            draw = partial(drawn_gradient, divergence, mask=mask, generator=generator)
+            with _one_goes_back if model.task.name == "language" else nullcontext():
+                go_back(edge, kept, draw, draws)
+            del edge
             release()
         return sums, predictions
 

@@ -47,13 +47,7 @@ def tensor_splits(
         arrays = {name: np.asarray(array) for name, array in source.items()}
         source = "the data given"
     inputs = {name: _fitting(name, arrays, model.examples, source) for name in model.examples}
-    n_samples = {name: len(array) for name, array in inputs.items()}
-    if len(set(n_samples.values())) != 1:
-        raise DataError(
-            f"the arrays of {source} have different numbers of samples: {n_samples}.",
-            hint="give every array the same first dimension",
-        )
-    total = next(iter(n_samples.values()))
+    total = _sample_count(inputs, source)
     labels = _labels(arrays, slices, total, source)
     needed = sum(counts.as_tuple()) if counts else 3
     if total < needed:
@@ -94,6 +88,16 @@ def _read_arrays(path: Path, names: str) -> Mapping[str, np.ndarray]:
         if type(fault).__name__ != "SafetensorError":
             raise
         raise DataError(f"{path} cannot be read: {fault}.", hint=hint) from fault
+
+
+def _sample_count(inputs: Mapping[str, Any], source: str) -> int:
+    n_samples = {name: len(array) for name, array in inputs.items()}
+    if len(set(n_samples.values())) != 1:
+        raise DataError(
+            f"the arrays of {source} have different numbers of samples: {n_samples}.",
+            hint="give every array the same first dimension",
+        )
+    return next(iter(n_samples.values()))
 
 
 def _fitting(name: str, arrays: Mapping[str, np.ndarray], examples: Batch, source: str) -> Tensor:

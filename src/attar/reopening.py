@@ -1,0 +1,74 @@
+"""Read what `attar plan` wrote, and open the session it was made in: same model, data and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from attar.decide import Candidates
+from attar.errors import PlanError
+from attar.load.model import is_factory
+from attar.plan.candidates import Build
+from attar.plan.frontier import FRONTIER_FILE, read_prices
+from attar.plan.planfile import read_plan
+from attar.records import Plan, Progress, Recipe, Units
+from attar.session import Session, open_recipe
+from attar.transform.apply import build_transform
+
+Made = TypeVar("Made")
+Read = Callable[[Callable[[Recipe], Units], Build], Made]
+
+
+def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> tuple[Plan, Session]:
+    """Read a plan file with the session it was made in: same model, data and seed.
+
+    Args:
+        recipe: What a plan does not hold: the accepted licence, the code of a factory model, and
+            how much is done at once.
+    """
+    return _reopened(lambda *ask: read_plan(path, *ask), recipe, progress)
+
+
+def open_prices(
+    path: Path, recipe: Recipe, progress: Progress | None = None
+) -> tuple[Candidates, Session]:
+    """Read a frontier's prices, from its file or folder, with the session they were made in.
+
+    Args:
+        recipe: The size, and what the file does not hold; see `open_plan`.
+    """
+    file = path / FRONTIER_FILE if path.is_dir() else path
+    return _reopened(lambda *ask: read_prices(file, *ask), recipe, progress)
+
+
+def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tuple[Made, Session]:
+    """Open the session a file was made in, and read the file with its units."""
+    opened: list[Session] = []
+
+    def units_of(planned: Recipe) -> Units:
+        own = replace(
+            planned,
+            size=recipe.size or planned.size,
+            accept_licence=recipe.accept_licence,
+            factory=recipe.factory,
+            threads=recipe.threads,
+        )
+        if is_factory(planned.model):
+            own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)
+        opened.append(open_recipe(own, progress))
+        return opened[0].units
+
+    made = read(units_of, build_transform)
+    return made, opened[0]
+
+
+def _named_code(planned: str, typed: str | None) -> str:
+    if typed != planned:
+        raise PlanError(
+            f"the plan is for code of your own, {planned}, which is not run just because a file "
+            "names it.",
+            hint=f"name the code: --factory {planned}",
+        )
+    return planned

@@ -38,7 +38,7 @@ from results_file import Bench, Finding, Options, Row, Table, main, number, of_m
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from attar import decide
+from attar import decide, pricing
 from attar.explain.price import damage
 from attar.plan.candidates import Treatment, group_sizes
 from attar.progress import open_progress
@@ -215,7 +215,7 @@ def measure_pairs(
     with session.progress.stage("measure pairs", len(pairs)) as advance:
         for pair, price in zip(pairs, prices, strict=True):
             transform = build_transform(*pair.treatment)
-            (made,) = session.treat(pair.unit, [transform], statistics)
+            (made,) = pricing.treat_held_out(session, pair.unit, [transform], statistics)
             if price is not None and isinstance(made, Replacement):
                 weight = session.weight(pair.unit)
                 rows.append(

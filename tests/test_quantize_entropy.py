@@ -112,7 +112,7 @@ def test_rounding_is_error_feedback_with_a_step_for_each_weight():
     for step in (0.05, 0.4, 2.0):
         factors = rounding.factors_at(step)
         row, column = table[factors.rows.long()], table[factors.columns.long()]
-        (codes,) = rounding.codes([step])
+        codes = rounding.codes(step)
         by_hand = rounded_by_hand(weight, c[0], row, column, step)
         # A tie or nearly one may fall the other way in float32, and move what follows.
         assert (codes - coded.MIDDLE == by_hand).float().mean() > 0.97
@@ -301,8 +301,8 @@ def test_what_lasts_of_an_error_is_the_spread_left_when_later_columns_are_known(
     ridge = DAMPING_FRACTION * c.diagonal().mean()
     c = c + ridge * torch.eye(7, dtype=torch.float64)
     order = rounding_order(moment(7))
-    for place, j in enumerate(order.columns.tolist()):
-        rest = order.columns.tolist()[place + 1 :]
+    for place, j in enumerate(order.places.tolist()):
+        rest = order.places.tolist()[place + 1 :]
         left = c[j, j]
         if rest:
             left = left - c[j, rest] @ torch.linalg.solve(c[rest][:, rest], c[rest, j])

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attar.errors import ModelError, SettingError
-from attar.records import Unit
+from attar.kernels.feedback import TILE
+from attar.records import RowWeights, Unit
 from attar.transform import quantize_feedback as method
 from attar.transform.groups import column_weights, find_scales
 from attar.transform.quantize_feedback import (
@@ -64,7 +65,7 @@ def codes_of(weight, c, transform):
     scales = find_scales(
         weight, transform.bits, transform.group_size, transform.symmetric, column_weights(c)
     )
-    (found,) = method.feed_back(weight, method.rounding_order(c), [transform], [scales])
+    found = method.feed_back(weight, method.rounding_order(c), None, transform, scales)
     width = transform.group_size or columns
     scale, zero_point = (s.double().repeat_interleave(width, dim=1).numpy() for s in scales)
     each = rows // len(c)
@@ -93,7 +94,7 @@ def test_codes_are_those_of_the_papers_equations(bits, rows, columns, group_size
 
 
 def test_codes_are_those_of_the_equations_beyond_one_block():
-    columns = method.BLOCK * 2 + 5
+    columns = TILE * 2 + 5
     c = moment(1, columns, seed=2)
     found, expected = codes_of(random(2, columns, seed=3), c, QuantizeFeedback(3, 0))
     # An error moved along 69 columns in float32 may put a weight on the other side of a middle.
@@ -115,6 +116,29 @@ def error(dense, weight, c):
     """trace(dW C dWᵀ), rows split over groups."""
     change = (dense - weight).double().reshape(len(c), -1, weight.shape[1])
     return float(((change @ c.double()) * change).sum())
+
+
+def error_of_both(dense, weight, r, c):
+    """trace(R dW C dWᵀ)."""
+    change = (dense - weight).double()
+    return float((r[0].double() @ change @ c[0].double() * change).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_feedback_between_rows_loses_less_where_rows_hang_together(bits):
+    both, alone, apart = [], [], []
+    for seed in range(20):
+        weight, c, r = random(24, 16, seed=seed), moment(1, 16, seed), moment(1, 24, seed + 100)
+        diagonal = r[0].diagonal().clone()
+        transform = QuantizeFeedback(bits, 8)
+        told = RowWeights(diagonal, torch.ones(24), r[0])
+        both.append(error_of_both(transform.apply(weight, c, told).dense, weight, r, c))
+        alone.append(error_of_both(transform.apply(weight, c).dense, weight, r, c))
+        unrelated = RowWeights(diagonal, torch.ones(24), torch.diag(diagonal))
+        same = transform.apply(weight, c, unrelated).dense
+        apart.append(torch.equal(same, transform.apply(weight, c).dense))
+    assert np.mean(both) < 0.75 * np.mean(alone)
+    assert all(apart)  # rows that do not hang together are rounded as if nothing were known
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -142,14 +166,6 @@ def test_several_settings_at_once_are_the_same_as_one_at_a_time():
         assert torch.equal(made.dense, alone.dense)
         assert made.tensors.keys() == alone.tensors.keys()
         assert all(torch.equal(made.tensors[k], alone.tensors[k]) for k in made.tensors)
-
-
-def test_a_pass_holds_settings_of_one_group_size_and_few_of_a_large_weight():
-    transforms = [QuantizeFeedback(bits, size) for size in (8, 0) for bits in (2, 3, 4)]
-    assert list(method.passes(transforms, 100)) == [transforms[:3], transforms[3:]]
-    half = method.CHUNK_WEIGHTS // 2
-    assert [len(some) for some in method.passes(transforms, half)] == [2, 1, 2, 1]
-    assert [len(some) for some in method.passes(transforms, 10 * half)] == [1] * 6
 
 
 def test_few_rows_at_a_time_give_the_same_codes(monkeypatch):

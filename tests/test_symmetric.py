@@ -51,3 +51,16 @@ def test_it_keeps_the_numbers_it_says_and_less_than_all(side):
     assert side * (side + 1) // 2 <= kept <= side * side
     if side == 576:
         assert kept == side * side * 5 // 8
+
+
+@given(side=st.integers(1, 70), n=st.integers(1, 90), power=st.integers(-40, 30))
+@settings(derandomize=True, max_examples=40, deadline=None)
+def test_what_is_kept_in_16_bits_is_near_by_the_size_of_the_diagonal(side, n, power):
+    x = random(n, side) * random(side, seed=1).exp() * 2.0 ** (power / 2)
+    x[:, :1] = 0  # an input that never came
+    total = Symmetric(side)
+    total.add_outer(x)
+    exact, found = total.dense().double(), total.packed().dense().double()
+    root = exact.diagonal().sqrt()
+    assert bool(((found - exact).abs() <= 6e-4 * root * root[:, None]).all())
+    assert torch.allclose(found.diagonal(), exact.diagonal(), rtol=1e-6)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from attar import writing
+from attar import pricing, writing
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
-from attar.explain.price import rounding_moment, row_weights
 from attar.plan import candidates as menus
 from attar.plan.frontier import corrected, spread_sizes
 from attar.plan.refine import refine
@@ -24,7 +21,6 @@ from attar.records import (
     Plan,
     Receipt,
     Round,
-    RowWeights,
     Statistics,
     Unit,
 )
@@ -78,10 +74,11 @@ class Relevance:
 
 
 def explain(session: Session) -> Statistics:
-    """Gather A and G of the original, and how far positions hang together."""
+    """Gather A and G of the original, and how far rows and positions hang together."""
     with session.timed("explain"):
         statistics = session.gather()
-        return replace(statistics, coherence=session.coherence(statistics))
+        statistics = replace(statistics, row_gain=pricing.row_gain(session, statistics))
+        return replace(statistics, coherence=pricing.coherence(session, statistics))
 
 
 def relevance(statistics: Statistics) -> Relevance:
@@ -98,14 +95,18 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     """Try every treatment of the menu on every unit."""
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
-    # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
     treatments = {
-        unit.name: [menus.KEEP]
-        if menus.is_kept(unit, keep)
-        else menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
+        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else _menu(session, unit)
         for unit in session.units
     }
     return price_treatments(session, statistics, treatments)
+
+
+def _menu(session: Session, unit: Unit) -> Sequence[menus.Treatment]:
+    if session.recipe.to == "gguf":
+        return menus.llama_menu(unit, build_transform)
+    # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
+    return menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
 
 
 def price_treatments(
@@ -119,7 +120,7 @@ def price_treatments(
             session.units,
             treatments,
             build=build_transform,
-            price=lambda unit, treatments: session.price_all(unit, treatments, statistics),
+            price=lambda unit, treatments: pricing.price_all(session, unit, treatments, statistics),
             for_each=lambda work: session.for_each_unit(work),
             progress=session.progress,
         )
@@ -270,17 +271,13 @@ def _carry_out(
 ) -> Decided:
     """Treat every weight as chosen, and weigh what would be written."""
 
-    def known(unit: Unit) -> tuple[Tensor, RowWeights]:
-        curvatures = statistics.curvatures[unit.name]
-        return rounding_moment(curvatures), row_weights(curvatures)
-
     with session.timed("transform"):
         treated, applied = apply_choices(
             session.model.module,
             session.units,
             choices,
-            known=known,
-            price=lambda unit, change: session.price(
+            known=lambda unit: pricing.known(unit, statistics),
+            price=lambda unit, change: pricing.price_change(
                 unit, change, statistics, choices[unit.name].treatment
             ),
             for_each=lambda work: session.for_each_unit(work),
@@ -336,7 +333,7 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
     """
     with session.timed("price again"):
         share = REPRICED_SHARE_OF_SEQUENCES if session.predicts_everywhere else REPRICED_SHARE
-        probed = session.probe(decided.treated, share)
+        probed = pricing.probe(session, decided.treated, share)
     scaled = {}
     for unit in session.units:
         here = decided.plan.choices[unit.name].predicted_damage or 0.0

@@ -180,17 +180,25 @@ class Curvature:
     damage(dW) = 1/2 · trace(R dW C dWᵀ), nats per prediction. For a linear map R is G (output
     side) and C is A (input side, each input counted by the squared gradient that answers it); for
     an embedding R is the frequency of each token and C is G.
-    C is kept as two halves from different samples: what was rounded on one is priced on the other.
+    Both are known in two halves from different samples: what was rounded on one is priced on the
+    other.
 
     Attributes:
         rows: R: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.
         first: C on every other sample: `groups columns columns`, or `groups*columns` (diagonal).
         second: C on the samples between.
+        rows_first: R on every other sample; None where it is the same on all.
     """
 
     rows: Tensor
     first: Tensor
     second: Tensor
+    rows_first: Tensor | None = None
+
+    @property
+    def rows_second(self) -> Tensor:
+        """R on the samples between."""
+        return self.rows if self.rows_first is None else 2 * self.rows - self.rows_first
 
     @property
     def columns(self) -> Tensor:
@@ -226,6 +234,8 @@ class Statistics:
         channel_taylor: Unit name to mean |g·y| per output channel, `rows`.
         coherence: Name of a treatment to unit name to how many times larger the damage of such a
             change really is than R and C, taken as independent, say; "" for any other treatment.
+        row_gain: Unit name to the damage of rounding with feedback between rows over that without,
+            on held-out samples; no entry where rows are taken as independent.
         n_predictions: Predictions seen.
         n_samples: Sequences or images seen, per slice label.
     """
@@ -240,6 +250,7 @@ class Statistics:
     n_predictions: int
     n_samples: Mapping[str, int]
     coherence: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    row_gain: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -278,10 +289,13 @@ class RowWeights:
     Attributes:
         importance: How much a squared error in each row counts, `rows`, any positive scale.
         counts: How many rows each stands for, `rows`: not 1 where some were sampled.
+        moment: How errors in two rows count together, `rows rows`, any positive scale; None where
+            rows are taken as independent.
     """
 
     importance: Tensor
     counts: Tensor
+    moment: Tensor | None = None
 
 
 @runtime_checkable
@@ -381,6 +395,7 @@ class Recipe:
         calibration: Tokens or samples for statistics; None for the default of the task.
         rounds: Turns of the correction loop, 1 or more.
         threads: Pieces of work done at once. What is computed does not depend on it.
+        to: What is written: "attar", or "gguf" for a file that llama.cpp runs.
     """
 
     model: str
@@ -398,6 +413,7 @@ class Recipe:
     audit: int | None = None
     rounds: int = 2
     threads: int = 2
+    to: str = "attar"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from attar import cost
 from attar.divergence import Divergence, fit_gaussian
-from attar.errors import AttarError, ModelError
-from attar.explain import price
-from attar.explain.probe import Changes, Probed, probe
+from attar.errors import ModelError
 from attar.explain.statistics import gather_statistics
 from attar.load.data import DataSizes, load_data
 from attar.load.fold import fold_batch_norm
@@ -35,24 +33,16 @@ from attar.records import (
     Model,
     Progress,
     Recipe,
-    Replacement,
     Silent,
     Statistics,
-    Transform,
     Unit,
     Units,
 )
-from attar.transform.apply import Treated, build_transform, check_finite, substitutions, treat
+from attar.transform.apply import build_transform
 
 # A prediction of a language model is one of thousands; one of a classifier is one of few, so more
 # answers are drawn for each to see as many gradients.
 DRAWS = {"classify": 4, "regress": 4, "embed": 4, "transcribe": 2}
-# Width of the rounding error on which coherence is measured: one that the plan often makes.
-REFERENCE_BITS = 4
-# Share of the calibration data it is measured on where every position has its prediction.
-REFERENCE_SHARE_OF_SEQUENCES = 0.25
-# Treatments whose errors cancel over what they were fitted to.
-FEEDS_BACK = ("quantize_feedback", "quantize_entropy")
 
 Result = TypeVar("Result")
 
@@ -140,116 +130,6 @@ class Session:
         """
         return self.model.task.name == "language"
 
-    def price(self, unit: Unit, change: Tensor, statistics: Statistics, treatment: str) -> float:
-        """Nats per prediction of a change that a treatment made of a weight, `rows columns`."""
-        alone = price.damage(change, statistics.curvatures[unit.name])
-        return alone * _coherence(statistics, treatment, unit)
-
-    def price_all(
-        self, unit: Unit, treatments: Sequence[tuple[str, Transform]], statistics: Statistics
-    ) -> Iterator[float | AttarError]:
-        """Price each treatment of a unit, rounded on one half of the statistics, on the other.
-
-        Of a large weight some rows stand for all.
-        """
-        weight, curvatures = self.weight(unit), statistics.curvatures[unit.name]
-        check_finite(unit, weight)
-        moment = price.rounding_moment(curvatures, held_out=True)
-        sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
-        rows = price.row_weights(curvatures, sample)
-        if sample is not None:
-            weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
-        transforms = [transform for _, transform in treatments]
-        results = treat(weight, moment, transforms, rows, for_price=True)
-        for (treatment, _), made in zip(treatments, results, strict=True):
-            if isinstance(made, AttarError):
-                yield made
-            else:
-                alone = price.damage(made.dense - weight, curvatures, held_out=True)
-                yield alone * _coherence(statistics, treatment, unit)
-
-    def coherence(self, statistics: Statistics) -> dict[str, dict[str, float]]:
-        """Measure how much more rounding errors do than A and G, taken as independent, say.
-
-        Where one prediction has many positions, errors add up over them; error feedback makes
-        errors that cancel over what it was fitted to, so it has its own factor. In a language model
-        a few tokens with huge inputs and no gradient would fill A with what does not matter.
-        """
-        plain = build_transform("quantize_rtn", {"bits": REFERENCE_BITS, "group_size": 0})
-        if self.predicts_everywhere:
-            return {"": self._coherence(statistics, plain, REFERENCE_SHARE_OF_SEQUENCES)}
-        fed_back = build_transform("quantize_feedback", {"bits": REFERENCE_BITS, "group_size": 0})
-        return {
-            "": self._coherence(statistics, plain, 1.0),
-            "quantize_feedback": self._coherence(statistics, fed_back, 1.0),
-        }
-
-    def _coherence(
-        self, statistics: Statistics, reference: Transform, share: float
-    ) -> dict[str, float]:
-        def make(unit: Unit) -> tuple[Treated, float] | None:
-            made = next(self.treat(unit, [reference], statistics))
-            if not isinstance(made, Replacement):
-                return None
-            change, curvatures = made.dense - self.weight(unit), statistics.curvatures[unit.name]
-            return Treated(unit, reference, made.tensors, made.unpacked), price.damage(
-                change, curvatures, held_out=True
-            )
-
-        made = [one for one in self.for_each_unit(make) if one is not None]
-        changes = {one.unit.name: self._change(one) for one, _ in made}
-        found = self._damages(self._probe(changes, share))
-        ratios = {}
-        for one, alone in made:
-            # Part of the data may not reach every unit; what it does not reach is not free.
-            there = found.get(one.unit.name, 0.0)
-            ratios[one.unit.name] = there / alone if there > 0 and alone > 0 else 1.0
-        return ratios
-
-    def _change(self, treated: Treated) -> Callable[[], Tensor]:
-        weight = self.model.module.get_parameter(f"{treated.unit.name}.weight").detach()
-        return lambda: treated.weight().sub_(weight)
-
-    def probe(self, treated: Mapping[str, Treated], share: float) -> dict[str, float]:
-        """Price each unit's change where all changes have been made, in nats per prediction.
-
-        Args:
-            share: Of the calibration batches, taken from the front.
-        """
-        changes = {name: self._change(one) for name, one in treated.items()}
-        return self._damages(self._probe(changes, share, substitutions(treated)))
-
-    def _damages(self, found: Mapping[str, Probed]) -> dict[str, float]:
-        return {
-            name: one.independent if self.predicts_everywhere else one.coherent
-            for name, one in found.items()
-        }
-
-    def _probe(
-        self, changes: Changes, share: float, weights: Changes | None = None
-    ) -> dict[str, Probed]:
-        n = max(1, round(len(self.data.calibration) * share))
-        return probe(
-            self.model,
-            changes,
-            self.data.calibration[:n],
-            self.divergence,
-            seed=self.recipe.seed,
-            draws=self.draws,
-            progress=self.progress,
-            weights=weights,
-        )
-
-    def treat(
-        self, unit: Unit, transforms: Sequence[Transform], statistics: Statistics
-    ) -> Iterator[Replacement | AttarError]:
-        """Try treatments on a unit's weight, rounded on the first half of the statistics."""
-        weight = self.weight(unit)
-        check_finite(unit, weight)
-        curvatures = statistics.curvatures[unit.name]
-        moment = price.rounding_moment(curvatures, held_out=True)
-        return treat(weight, moment, transforms, price.row_weights(curvatures))
-
     def leftovers(self) -> dict[str, Tensor]:
         """Tensors no plan decides about, in the format they are stored in."""
         state = self.model.module.state_dict()
@@ -267,12 +147,6 @@ class Session:
             "python": platform.python_version(),
             "machine": platform.machine(),
         }
-
-
-def _coherence(statistics: Statistics, treatment: str, unit: Unit) -> float:
-    kind = "quantize_feedback" if treatment in FEEDS_BACK else treatment
-    by_unit = statistics.coherence.get(kind, statistics.coherence.get("", {}))
-    return by_unit.get(unit.name, 1.0)
 
 
 def state_hash(module: nn.Module) -> str:
@@ -294,6 +168,8 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
             f"--degrid rescales language models, and {recipe.model} cannot be rescaled.",
             hint="leave --degrid out.",
         )
+    if (path / "model.gguf").is_file() and not is_attar_folder(path):
+        recipe = replace(recipe, model=str(path / "model.gguf"))
     if is_attar_folder(path):
         code = load_model(recipe.factory, task=recipe.task).module if recipe.factory else None
         return load_folder(read_folder(path, build_transform), code)

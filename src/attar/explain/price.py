@@ -38,7 +38,7 @@ def damage(
     """Nats per prediction lost by adding `change` to a weight; 0 or more.
 
     Args:
-        held_out: Take C from its second half only: for a change that was rounded on the first.
+        held_out: Take R and C from their second halves: for a change rounded on the first.
     """
     return float(row_damage(change, curvatures, held_out=held_out).double().sum())
 
@@ -56,14 +56,15 @@ def row_damage(
     total = torch.zeros(len(change))
     for curvature in curvatures:
         columns = curvature.second if held_out else curvature.columns
-        if curvature.rows.dim() == 1 and columns.dim() == 3 and len(columns) == 1:
+        row_factor = curvature.rows_second if held_out else curvature.rows
+        if row_factor.dim() == 1 and columns.dim() == 3 and len(columns) == 1:
             # Rows do not depend on each other: a few at a time need little memory.
             for rows in _slices(len(change)):
                 through = (change[rows] @ columns[0]).mul_(change[rows])
-                total[rows] += 0.5 * curvature.rows[rows] * through.sum(1)
+                total[rows] += 0.5 * row_factor[rows] * through.sum(1)
             continue
         through = _times_columns(change, columns)
-        total += 0.5 * (_times_rows(curvature.rows, through) * change).sum(1)
+        total += 0.5 * (_times_rows(row_factor, through) * change).sum(1)
     return total
 
 
@@ -126,16 +127,25 @@ def sample_rows(
 
 def of_rows(curvatures: Sequence[Curvature], sample: RowSample) -> tuple[Curvature, ...]:
     """Curvature of the sampled rows, scaled so that their damage estimates that of all rows."""
-    counts, scaled = sample.counts, []
-    for curvature in curvatures:
-        if curvature.rows.dim() == 1:
-            rows = curvature.rows[sample.rows] * counts
-        else:
-            # Two rows stand for as many pairs as the product of their counts.
-            rows = curvature.rows[:, sample.rows][..., sample.rows] * counts * counts[:, None]
-            rows.diagonal(dim1=1, dim2=2).div_(counts)
-        scaled.append(Curvature(rows, curvature.first, curvature.second))
-    return tuple(scaled)
+    counts = sample.counts
+
+    def chosen(rows: Tensor) -> Tensor:
+        if rows.dim() == 1:
+            return rows[sample.rows] * counts
+        # Two rows stand for as many pairs as the product of their counts.
+        some = rows[:, sample.rows][..., sample.rows] * counts * counts[:, None]
+        some.diagonal(dim1=1, dim2=2).div_(counts)
+        return some
+
+    return tuple(
+        Curvature(
+            chosen(c.rows),
+            c.first,
+            c.second,
+            None if c.rows_first is None else chosen(c.rows_first),
+        )
+        for c in curvatures
+    )
 
 
 def rounding_moment(curvatures: Sequence[Curvature], *, held_out: bool = False) -> Tensor:
@@ -154,7 +164,8 @@ def rounding_moment(curvatures: Sequence[Curvature], *, held_out: bool = False) 
     for curvature in curvatures:
         columns = curvature.first.clone() if held_out else curvature.columns
         if columns.dim() == 3:
-            columns = _shrunk(columns, _noise(curvature, held_out=held_out))
+            share = _noise(curvature.first, curvature.second, held_out=held_out)
+            columns = _shrunk(columns, share)
         terms.append(columns.mul_(curvature.rows_mean))
     if any(term.dim() == 1 for term in terms):
         terms = [t if t.dim() == 1 else t.diagonal(dim1=1, dim2=2).flatten() for t in terms]
@@ -164,24 +175,41 @@ def rounding_moment(curvatures: Sequence[Curvature], *, held_out: bool = False) 
     return total
 
 
-def row_weights(curvatures: Sequence[Curvature], sample: RowSample | None = None) -> RowWeights:
+def row_weights(
+    curvatures: Sequence[Curvature], sample: RowSample | None = None, *, held_out: bool = False
+) -> RowWeights:
     """How much a squared error in each row counts, over the uses of the weight.
 
     Args:
         sample: Give the rows of this sample only.
+        held_out: Use the first half only, so that the change can be priced on the second.
     """
     total = torch.zeros(())
     for curvature in curvatures:
-        rows = curvature.rows
+        rows = _rows_of(curvature, held_out=held_out)
         diagonal = rows if rows.dim() == 1 else rows.diagonal(dim1=1, dim2=2).flatten()
         total = total + diagonal * curvature.columns_mean
-    if sample is None:
-        return RowWeights(total, torch.ones_like(total))
-    return RowWeights(total[sample.rows], sample.counts)
+    if sample is not None:
+        return RowWeights(total[sample.rows], sample.counts)
+    return RowWeights(total, torch.ones_like(total), _row_moment(curvatures, held_out=held_out))
 
 
-def _noise(curvature: Curvature, *, held_out: bool) -> float:
-    """Share of C's off-diagonal power that is sampling noise, 0 to 1.
+def _row_moment(curvatures: Sequence[Curvature], *, held_out: bool) -> Tensor | None:
+    """R, shrunk as C is in `rounding_moment`; None where it is not one matrix known in halves."""
+    first = curvatures[0].rows_first
+    if len(curvatures) > 1 or first is None or first.dim() == 1 or len(first) > 1:
+        return None
+    rows, second = _rows_of(curvatures[0], held_out=held_out), curvatures[0].rows_second
+    return _shrunk(rows.clone(), _noise(first, second, held_out=held_out))[0]
+
+
+def _rows_of(curvature: Curvature, *, held_out: bool) -> Tensor:
+    first = curvature.rows_first
+    return first if held_out and first is not None else curvature.rows
+
+
+def _noise(first: Tensor, second: Tensor, *, held_out: bool) -> float:
+    """Share of a factor's off-diagonal power that is sampling noise, 0 to 1.
 
     The halves have the same mean, so half their squared difference is the variance of one half and
     a quarter that of their mean.
@@ -189,12 +217,12 @@ def _noise(curvature: Curvature, *, held_out: bool) -> float:
     estimator for large-dimensional covariance matrices, eq. 14, with the diagonal as the target
     and the variance from two halves instead of from single samples, which hang together.
     """
-    if curvature.first is curvature.second:
+    if first is second:
         return 0.0
-    difference = _off_diagonal_power(curvature.first - curvature.second)
+    difference = _off_diagonal_power(first - second)
     if held_out:
-        return _ratio(difference / 2, _off_diagonal_power(curvature.first))
-    return _ratio(difference / 4, _off_diagonal_power(curvature.columns))
+        return _ratio(difference / 2, _off_diagonal_power(first))
+    return _ratio(difference / 4, _off_diagonal_power(0.5 * (first + second)))
 
 
 def _ratio(noise: float, power: float) -> float:

@@ -20,6 +20,7 @@ input share one A, weighted by the gradients of all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import zip_longest
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from attar.divergence import Divergence
 from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, kept_numbers
 from attar.explain.moments import token_frequency
-from attar.kernels.symmetric import Symmetric
+from attar.kernels.symmetric import Packed, Symmetric
 from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Batch, Curvature, Model, Progress, Statistics, Unit, Units
@@ -159,13 +160,15 @@ def _add_all(total: dict[str, Any], more: Mapping[str, Any]) -> None:
             total[name] = total[name] + value if name in total else value
 
 
-Half = Tensor | Symmetric
+Half = Tensor | Symmetric | Packed
+Kept = tuple[Half, Half, Half, Half | None]
+"""`rows`, `first`, `second` and `rows_first` of a curvature."""
 
 
 class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
     """Curvature of every unit; what is kept by half is made whole each time it is asked for."""
 
-    def __init__(self, kept: Mapping[str, tuple[tuple[Half, Half, Half], ...]]) -> None:
+    def __init__(self, kept: Mapping[str, tuple[Kept, ...]]) -> None:
         self._kept = kept
 
     def __getitem__(self, name: str) -> tuple[Curvature, ...]:
@@ -178,13 +181,23 @@ class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
         return len(self._kept)
 
     @staticmethod
-    def _whole(rows: Half, first: Half, second: Half) -> Curvature:
+    def _whole(rows: Half, first: Half, second: Half, rows_first: Half | None) -> Curvature:
         one = _dense(first)
-        return Curvature(_dense(rows), one, one if second is first else _dense(second))
+        return Curvature(
+            _dense(rows),
+            one,
+            one if second is first else _dense(second),
+            None if rows_first is None else _dense(rows_first),
+        )
 
 
 def _dense(half: Half) -> Tensor:
-    return half.dense()[None] if isinstance(half, Symmetric) else half
+    return half if isinstance(half, Tensor) else half.dense()[None]
+
+
+def _packed(half: Half) -> Half:
+    """Keep a large matrix in 16 bits."""
+    return half.packed() if isinstance(half, Symmetric) else half
 
 
 def _curvatures(pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int) -> _Curvatures:
@@ -200,7 +213,7 @@ def _curvatures(pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: 
 
 def _curvature(
     pair: Pair, sums: Sums, n: int, draws: int, done: dict[int, tuple[Half, Half]]
-) -> tuple[Half, Half, Half]:
+) -> Kept:
     """Normalise one use so that damage comes out in nats per prediction."""
     use, other = pair
     if id(use.columns) not in done:
@@ -208,22 +221,29 @@ def _curvature(
     first, second = done[id(use.columns)]
     rows: Any = use.rows
     positions = use.columns.positions
+    diagonal = isinstance(rows, Tensor) and rows.dim() == 1
+    exact = use.is_answer and diagonal and sums.spread is not None
+    rows_first = None
     if other is not None:
+        if use.operation != "embedding" and not exact:
+            # Each stream saw half of the predictions.
+            rows_first = _packed(deepcopy(rows).div_(0.5 * n * draws))
         rows, positions = rows.add_(other.rows), positions + other.columns.positions
     if use.operation == "embedding":
         # The one-hot input is the frequency; gradients are what the columns meet.
-        return token_frequency(rows, sums.answers) * (positions / n), first, second
-    diagonal = isinstance(rows, Tensor) and rows.dim() == 1
-    if use.is_answer and diagonal and sums.spread is not None:
-        return sums.spread / n, first, second
-    return rows.div_(n * draws), first, second
+        return token_frequency(rows, sums.answers) * (positions / n), first, second, None
+    if exact:
+        assert sums.spread is not None
+        return sums.spread / n, first, second, None
+    return _packed(rows.div_(n * draws)), first, second, rows_first
 
 
 def _means(pair: Pair) -> tuple[Half, Half]:
     """Turn the two sums into means; a single piece of data stands for both halves."""
     seen = [use.columns for use in pair if use is not None]
     means = [columns.moment.div_(columns.mass or 1.0) for columns in seen]
-    return means[0], means[-1]
+    first, second = _packed(means[0]), _packed(means[-1])
+    return first, first if means[0] is means[-1] else second
 
 
 def statistics_bytes(units: Units) -> int:

@@ -17,6 +17,11 @@ GROUP_SIZES = (32, 64, 128)
 # Widths that a plan mixes where a bit can be cut in parts.
 AVERAGE_BITS = (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7)
 FIXED_BITS = (4, 8)
+# Types of llama.cpp: those that want rows of whole blocks of 256, and those of 32.
+LLAMA_TYPES = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+)
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
@@ -50,6 +55,12 @@ def menu(unit: Unit, build: Build, *, by_worth: bool) -> list[Treatment]:
         for bits in ((2, 3, 4, 5, 6, 8) if size == sizes[-1] else (2, 3, 4))
     ]
     return [*quantized, *_zeroed(unit), KEEP]
+
+
+def llama_menu(unit: Unit, build: Build) -> list[Treatment]:
+    """List the types that llama.cpp can run this unit in; those that do not fit are left out."""
+    types: list[Treatment] = [("quantize_llama", {"type": name}) for name in LLAMA_TYPES]
+    return [*(t for t in types if build(*t).rejects(unit) is None), KEEP]
 
 
 def _zeroed(unit: Unit) -> list[Treatment]:

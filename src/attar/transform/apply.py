@@ -94,7 +94,7 @@ def treat(
     """
     shared: dict[type, Iterator[Replacement]] = {
         QuantizeFeedback: quantize_all(
-            weight, moment, [t for t in transforms if isinstance(t, QuantizeFeedback)]
+            weight, moment, [t for t in transforms if isinstance(t, QuantizeFeedback)], rows
         )
     }
     if for_price:

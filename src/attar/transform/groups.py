@@ -56,9 +56,9 @@ def label(bits: int, group_size: int, symmetric: bool) -> str:
     return f"{bits} bit, {per}" + (", symmetric" if symmetric else "")
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Cut a matrix into few rows at a time, CHUNK_WEIGHTS weights or one row."""
-    step = max(1, CHUNK_WEIGHTS // columns)
+def row_chunks(rows: int, columns: int, weights: int = CHUNK_WEIGHTS) -> Iterator[slice]:
+    """Cut a matrix into few rows at a time, about so many weights or one row."""
+    step = max(1, weights // columns)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

@@ -29,18 +29,14 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int16
+from jaxtyping import Float, Float64, Int16
 from torch import Tensor
 
 from attar.errors import SettingError
+from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import coded, groups, settings
-from attar.transform.quantize_feedback import (
-    CHUNK_WEIGHTS,
-    Order,
-    round_with_feedback,
-    rounding_order,
-)
+from attar.transform.quantize_feedback import Order, feed_rows, order_of_rows, rounding_order
 
 FEWEST_WEIGHTS, FEWEST_IN_LINE = 16_384, 32
 # A row's importance is an estimate; it is taken to lie within this factor of the mean.
@@ -110,16 +106,22 @@ class Rounding:
     """A weight made ready to be rounded with any step.
 
     Attributes:
-        scaled: The weight over its rows' factors, `rows columns`, columns in order.
+        weight: `rows columns`.
         counts: How many rows each stands for, `rows`.
-        factors: Columns not in order, and before `factors_at`.
+        factors: Columns are before `factors_at`.
         order: Of the columns; None where nothing is fed back.
+        row_order: None where rows do not depend on each other.
+        largest: Of each column over the rows' factors, `columns`.
+        power: Its mean square.
     """
 
-    scaled: Float[Tensor, "rows columns"]
+    weight: Float[Tensor, "rows columns"]
     counts: Float[Tensor, " rows"]
     factors: coded.Factors
     order: Order | None
+    row_order: Order | None
+    largest: Float[Tensor, " columns"]
+    power: Float64[Tensor, " columns"]
 
     @staticmethod
     def of(
@@ -135,26 +137,18 @@ class Rounding:
         if rows is None:
             rows = RowWeights(torch.ones(len(weight)), torch.ones(len(weight)))
         order = None if moment is None or moment.dim() == 1 else rounding_order(moment)
+        row_order = None if order is None else order_of_rows(rows)
         row, column = torch.ones(len(weight)), torch.ones(weight.shape[1])
         if by_worth:
-            row, column = _row_factor(rows), _column_factor(moment, order, weight.shape[1])
+            row = _row_factor(rows, row_order)
+            column = _column_factor(moment, order, weight.shape[1])
         factors = coded.Factors(coded.nearest_factor(row), coded.nearest_factor(column))
-        scaled = weight.float() / coded.factor_table()[factors.rows.long()][:, None]
-        if order is not None:
-            scaled = scaled[:, order.columns]
-        return Rounding(scaled, rows.counts, factors, order)
-
-    @property
-    def place(self) -> Int[Tensor, " columns"]:
-        """Of each column in the order of rounding."""
-        columns = self.scaled.shape[1]
-        return torch.arange(columns) if self.order is None else self.order.columns
+        largest, power = _extents(weight, coded.factor_table()[factors.rows.long()], rows.counts)
+        return Rounding(weight, rows.counts, factors, order, row_order, largest, power)
 
     def factors_at(self, step: float) -> coded.Factors:
         """Factors with this step: a column must not be so fine that its codes get too large."""
-        largest = torch.empty(self.scaled.shape[1])
-        largest[self.place] = self.scaled.abs().amax(0)
-        finest = coded.smallest_factor(largest / (LARGEST_CODE * step))
+        finest = coded.smallest_factor(self.largest / (LARGEST_CODE * step))
         return replace(self.factors, columns=torch.maximum(self.factors.columns, finest))
 
     @property
@@ -165,55 +159,40 @@ class Rounding:
     @property
     def n_weights(self) -> int:
         """How many weights this stands for."""
-        return self.n_rows * self.scaled.shape[1]
+        return self.n_rows * self.weight.shape[1]
 
     def first_step(self, allowed: int) -> float:
         """Guess the step with which everything takes so many bytes, taking weights as Gaussian."""
-        columns = self.scaled.shape[1]
+        columns = self.weight.shape[1]
         bits = 8 * (allowed - coded.head_bytes(self.n_rows, columns)) / self.n_weights
-        largest = float(self.scaled.abs().max()) or 1.0
-        power = self.counts / self.counts.sum() @ (self.scaled / largest).square_()
-        spread = power.sqrt() / self._columns(self.factors)
+        spread = self.power.sqrt() / coded.factor_table()[self.factors.columns.long()]
         if not bool((spread > 0).any()):
             return 1.0
         mean = float(spread[spread > 0].double().log2().mean())
-        return float(largest * 2.0 ** (mean + BITS_OF_GAUSSIAN - bits))
+        return float(2.0 ** (mean + BITS_OF_GAUSSIAN - bits))
 
-    def codes(self, steps: Sequence[float]) -> list[Int16[Tensor, "rows columns"]]:
-        """Round with each step."""
-        found = [torch.empty(self.scaled.shape, dtype=torch.int16) for _ in steps]
-        at_once = max(1, CHUNK_WEIGHTS // (self.scaled.shape[1] * len(steps)))
-        by_step = [self._columns(self.factors_at(step)) * step for step in steps]
-        scale = torch.stack(by_step, dim=1)
-        for start in range(0, len(self.scaled), at_once):
-            rows = slice(start, start + at_once)
-            made = self._round(self.scaled[rows], scale)
-            for own, code in zip(found, made, strict=True):
-                own[rows] = code
-        back = torch.argsort(self.place)
-        return [own[:, back] for own in found]
-
-    def _columns(self, factors: coded.Factors) -> Float[Tensor, " columns"]:
-        return coded.factor_table()[factors.columns.long()][self.place]
-
-    def _round(
-        self, part: Float[Tensor, "rows columns"], scale: Float[Tensor, "columns steps"]
-    ) -> Int16[Tensor, "steps rows columns"]:
+    def codes(self, step: float) -> Int16[Tensor, "rows columns"]:
+        """Round with this step."""
+        factors, table = self.factors_at(step), coded.factor_table()
+        row, column = table[factors.rows.long()], table[factors.columns.long()] * step
         if self.order is None:
-            exact = part / scale.T[:, None]
-            exact.round_().add_(coded.MIDDLE).clamp_(0, coded.SYMBOLS - 1)
-            return exact.to(torch.int16)
-        columns, n_steps = scale.shape
-        codes = round_with_feedback(
-            part[None],
-            self.order.feedback,
-            scale[..., None, None],
-            torch.full((columns, 1, 1, 1), float(coded.MIDDLE)),
-            torch.arange(columns),
-            torch.full((n_steps,), coded.SYMBOLS - 1.0),
-            torch.int16,
-        )
-        return codes[:, :, 0].movedim(0, -1)
+            return self._nearest(row, column)
+        places = self.order.places
+        rows = torch.arange(len(row)) if self.row_order is None else self.row_order.places
+        lowest = torch.full((len(row), 1), -float(coded.MIDDLE))
+        highest = lowest + (coded.SYMBOLS - 1)
+        grid = Grid(row[rows, None], column[places], torch.zeros_like(places), lowest, highest)
+        made = feed_rows(self.weight, rows, places, self.order.feedback[0], self.row_order, grid)
+        codes = torch.empty_like(made)
+        codes[rows] = made[:, torch.argsort(places)].add_(coded.MIDDLE)
+        return codes
+
+    def _nearest(self, row: Tensor, column: Tensor) -> Int16[Tensor, "rows columns"]:
+        codes = torch.empty(self.weight.shape, dtype=torch.int16)
+        for part in groups.row_chunks(*self.weight.shape):
+            exact = self.weight[part].float() / (row[part, None] * column)
+            codes[part] = exact.round_().add_(coded.MIDDLE).clamp_(0, coded.SYMBOLS - 1).short()
+        return codes
 
     def made(self, codes: Tensor, step: float) -> coded.Codes:
         """Say what codes stand for, with the step as it is stored."""
@@ -231,7 +210,25 @@ class Rounding:
         return learnt, coded.estimated_bytes(self.n_rows, codes.shape[1], learnt, bits)
 
 
-def _row_factor(rows: RowWeights) -> Float[Tensor, " rows"]:
+def _extents(
+    weight: Float[Tensor, "rows columns"], row: Float[Tensor, " rows"], counts: Tensor
+) -> tuple[Float[Tensor, " columns"], Float64[Tensor, " columns"]]:
+    """Largest and mean square of each column, with rows over their factors."""
+    largest, power = torch.zeros(weight.shape[1]), torch.zeros(weight.shape[1], dtype=torch.float64)
+    for part in groups.row_chunks(*weight.shape):
+        scaled = weight[part].float() / row[part, None]
+        largest = torch.maximum(largest, scaled.abs().amax(0))
+        power += counts[part].double() @ scaled.double().square_() / counts.double().sum()
+    return largest, power
+
+
+def _row_factor(rows: RowWeights, order: Order | None) -> Float[Tensor, " rows"]:
+    if order is not None:
+        lasting = torch.empty(len(rows.importance))
+        lasting[order.places] = order.lasting[0]
+        mean = lasting.double().log2().mean().exp2().float()
+        share = lasting / mean
+        return 1 / share.clamp(IMPORTANCE_RANGE**-0.5, IMPORTANCE_RANGE**0.5)
     mean = (rows.importance * rows.counts).sum() / rows.counts.sum()
     if not bool(mean > 0):
         return torch.ones_like(rows.importance)
@@ -249,7 +246,7 @@ def _column_factor(
         lasting = moment.clamp(min=1e-6 * float(moment.mean())).sqrt()
     else:
         lasting = torch.empty(columns)
-        lasting[order.columns] = order.lasting[0]
+        lasting[order.places] = order.lasting[0]
     return lasting.double().log2().mean().exp2().float() / lasting
 
 
@@ -263,7 +260,7 @@ def search(rounding: Rounding, allowed: int) -> tuple[coded.Codes, coded.Frequen
     best: tuple[float, Tensor, coded.Frequencies] | None = None
     aim = math.log2(rounding.first_step(allowed))
     for _ in range(TRIES):
-        (codes,) = rounding.codes([2.0**aim])
+        codes = rounding.codes(2.0**aim)
         learnt, needed[aim] = rounding.learn(codes)
         if needed[aim] <= allowed and (best is None or aim < best[0]):
             best = (aim, codes, learnt)
@@ -309,11 +306,10 @@ def trials(
 
 
 def _tried(rounding: Rounding, allowed: Sequence[int]) -> Iterator[Replacement]:
-    """Round to each of these bytes, nearly, all in the same passes."""
-    steps = [rounding.first_step(a) for a in allowed]
-    for _ in range(TURNS_TO_PRICE - 1):
-        needed = [rounding.learn(codes)[1] for codes in rounding.codes(steps)]
-        excess = [8 * (b - a) / rounding.n_weights for b, a in zip(needed, allowed, strict=True)]
-        steps = [step * 2.0**more for step, more in zip(steps, excess, strict=True)]
-    for codes, step in zip(rounding.codes(steps), steps, strict=True):
-        yield Replacement({}, rounding.made(codes, step).dense())
+    """Round to each of these bytes, nearly."""
+    for bytes_allowed in allowed:
+        step = rounding.first_step(bytes_allowed)
+        for _ in range(TURNS_TO_PRICE - 1):
+            needed = rounding.learn(rounding.codes(step))[1]
+            step *= 2.0 ** (8 * (needed - bytes_allowed) / rounding.n_weights)
+        yield Replacement({}, rounding.made(rounding.codes(step), step).dense())

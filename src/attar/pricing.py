@@ -1,0 +1,210 @@
+"""Prices of what treatments do to the units of a session.
+
+Rounded on one half of the statistics and priced on the other; then scaled by two measured factors:
+what feedback between rows saves (`row_gain`), and how much more a change does than A and G, taken
+as independent, say (`coherence`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from attar.errors import AttarError
+from attar.explain import price
+from attar.explain.probe import Changes, Probed
+from attar.explain.probe import probe as probe_changes
+from attar.records import Replacement, RowWeights, Statistics, Transform, Unit
+from attar.session import Session
+from attar.transform.apply import Treated, build_transform, check_finite, substitutions, treat
+
+# Width of the rounding error on which coherence is measured: one that the plan often makes.
+REFERENCE_BITS = 4
+# Share of the calibration data it is measured on where every position has its prediction.
+REFERENCE_SHARE_OF_SEQUENCES = 0.25
+# Bits at which feedback between rows is compared with none, range coded, or of fixed width.
+GAIN_BITS, GAIN_FIXED_BITS = 3, 4
+# Treatments whose errors cancel over what they were fitted to.
+FEEDS_BACK = ("quantize_feedback", "quantize_entropy", "quantize_llama")
+
+
+def price_change(unit: Unit, change: Tensor, statistics: Statistics, treatment: str) -> float:
+    """Nats per prediction of a change that a treatment made of a weight, `rows columns`."""
+    alone = price.damage(change, statistics.curvatures[unit.name])
+    return alone * _coherence(statistics, treatment, unit)
+
+
+def price_all(
+    session: Session,
+    unit: Unit,
+    treatments: Sequence[tuple[str, Transform]],
+    statistics: Statistics,
+) -> Iterator[float | AttarError]:
+    """Price each treatment of a unit, rounded on one half of the statistics, on the other.
+
+    Of a large weight some rows stand for all.
+    """
+    weight, curvatures = session.weight(unit), statistics.curvatures[unit.name]
+    check_finite(unit, weight)
+    moment = price.rounding_moment(curvatures, held_out=True)
+    sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
+    rows = price.row_weights(curvatures, sample, held_out=True)
+    if sample is not None:
+        weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
+    transforms = [transform for _, transform in treatments]
+    # What feedback between rows saves is nearly the same share for all, and known already.
+    results = treat(weight, moment, transforms, replace(rows, moment=None), for_price=True)
+    for (treatment, _), made in zip(treatments, results, strict=True):
+        if isinstance(made, AttarError):
+            yield made
+        else:
+            alone = price.damage(made.dense - weight, curvatures, held_out=True)
+            yield (
+                alone * _coherence(statistics, treatment, unit) * _gain(statistics, treatment, unit)
+            )
+
+
+def row_gain(session: Session, statistics: Statistics) -> dict[str, float]:
+    """Measure what feedback between rows saves: damage with it over damage without.
+
+    Rounded on the first half of the statistics, priced on the second.
+    """
+
+    def compare(unit: Unit) -> float | None:
+        weight, curvatures = session.weight(unit), statistics.curvatures[unit.name]
+        rows = price.row_weights(curvatures, held_out=True)
+        check_finite(unit, weight)
+        if rows.moment is None:
+            return None
+        moment = price.rounding_moment(curvatures, held_out=True)
+        transform = _of_gain(session, unit)
+        damages = []
+        for told in (rows, replace(rows, moment=None)):
+            made = next(treat(weight, moment, [transform], told, for_price=True))
+            if not isinstance(made, Replacement):
+                return None
+            damages.append(price.damage(made.dense - weight, curvatures, held_out=True))
+        both, alone = damages
+        return both / alone if alone > 0 else None
+
+    found = zip(session.units, session.for_each_unit(compare), strict=True)
+    return {unit.name: gain for unit, gain in found if gain is not None}
+
+
+def _of_gain(session: Session, unit: Unit) -> Transform:
+    settings = {"bits": GAIN_BITS, "by_worth": session.predicts_everywhere}
+    coded = build_transform("quantize_entropy", settings)
+    if coded.rejects(unit) is None:
+        return coded
+    return build_transform("quantize_feedback", {"bits": GAIN_FIXED_BITS, "group_size": 0})
+
+
+def known(
+    unit: Unit, statistics: Statistics, *, held_out: bool = False
+) -> tuple[Tensor, RowWeights]:
+    """What a treatment is told of a unit; of rows that hang together, where that pays."""
+    curvatures = statistics.curvatures[unit.name]
+    rows = price.row_weights(curvatures, held_out=held_out)
+    if statistics.row_gain.get(unit.name, 1.0) >= 1.0:
+        rows = replace(rows, moment=None)
+    return price.rounding_moment(curvatures, held_out=held_out), rows
+
+
+def coherence(session: Session, statistics: Statistics) -> dict[str, dict[str, float]]:
+    """Measure how much more rounding errors do than A and G, taken as independent, say.
+
+    Where one prediction has many positions, errors add up over them; error feedback makes
+    errors that cancel over what it was fitted to, so it has its own factor. In a language model
+    a few tokens with huge inputs and no gradient would fill A with what does not matter.
+    """
+    plain = build_transform("quantize_rtn", {"bits": REFERENCE_BITS, "group_size": 0})
+    if session.predicts_everywhere:
+        return {"": _ratios(session, statistics, plain, REFERENCE_SHARE_OF_SEQUENCES)}
+    fed_back = build_transform("quantize_feedback", {"bits": REFERENCE_BITS, "group_size": 0})
+    return {
+        "": _ratios(session, statistics, plain, 1.0),
+        "quantize_feedback": _ratios(session, statistics, fed_back, 1.0),
+    }
+
+
+def _ratios(
+    session: Session, statistics: Statistics, reference: Transform, share: float
+) -> dict[str, float]:
+    def make(unit: Unit) -> tuple[Treated, float] | None:
+        made = next(treat_held_out(session, unit, [reference], statistics))
+        if not isinstance(made, Replacement):
+            return None
+        change, curvatures = made.dense - session.weight(unit), statistics.curvatures[unit.name]
+        return Treated(unit, reference, made.tensors, made.unpacked), price.damage(
+            change, curvatures, held_out=True
+        )
+
+    made = [one for one in session.for_each_unit(make) if one is not None]
+    changes = {one.unit.name: _change(session, one) for one, _ in made}
+    found = _damages(session, _probe(session, changes, share))
+    ratios = {}
+    for one, alone in made:
+        # Part of the data may not reach every unit; what it does not reach is not free.
+        there = found.get(one.unit.name, 0.0)
+        ratios[one.unit.name] = there / alone if there > 0 and alone > 0 else 1.0
+    return ratios
+
+
+def _change(session: Session, treated: Treated) -> Callable[[], Tensor]:
+    weight = session.model.module.get_parameter(f"{treated.unit.name}.weight").detach()
+    return lambda: treated.weight().sub_(weight)
+
+
+def probe(session: Session, treated: Mapping[str, Treated], share: float) -> dict[str, float]:
+    """Price each unit's change where all changes have been made, in nats per prediction.
+
+    Args:
+        share: Of the calibration batches, taken from the front.
+    """
+    changes = {name: _change(session, one) for name, one in treated.items()}
+    return _damages(session, _probe(session, changes, share, substitutions(treated)))
+
+
+def _damages(session: Session, found: Mapping[str, Probed]) -> dict[str, float]:
+    return {
+        name: one.independent if session.predicts_everywhere else one.coherent
+        for name, one in found.items()
+    }
+
+
+def _probe(
+    session: Session, changes: Changes, share: float, weights: Changes | None = None
+) -> dict[str, Probed]:
+    n = max(1, round(len(session.data.calibration) * share))
+    return probe_changes(
+        session.model,
+        changes,
+        session.data.calibration[:n],
+        session.divergence,
+        seed=session.recipe.seed,
+        draws=session.draws,
+        progress=session.progress,
+        weights=weights,
+    )
+
+
+def treat_held_out(
+    session: Session, unit: Unit, transforms: Sequence[Transform], statistics: Statistics
+) -> Iterator[Replacement | AttarError]:
+    """Try treatments on a unit's weight, rounded on the first half of the statistics."""
+    weight = session.weight(unit)
+    check_finite(unit, weight)
+    moment, rows = known(unit, statistics, held_out=True)
+    return treat(weight, moment, transforms, rows)
+
+
+def _coherence(statistics: Statistics, treatment: str, unit: Unit) -> float:
+    kind = "quantize_feedback" if treatment in FEEDS_BACK else treatment
+    by_unit = statistics.coherence.get(kind, statistics.coherence.get("", {}))
+    return by_unit.get(unit.name, 1.0)
+
+
+def _gain(statistics: Statistics, treatment: str, unit: Unit) -> float:
+    return min(1.0, statistics.row_gain.get(unit.name, 1.0)) if treatment in FEEDS_BACK else 1.0

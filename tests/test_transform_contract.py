@@ -32,6 +32,7 @@ TRIED = {
     "search": (False,),  # the default, with search, is always tried too
     "bfloat16": (False, True),
     "by_worth": (True,),  # the default is False
+    "type": ("Q8_0", "Q5_1", "IQ4_NL", "Q3_K"),
 }
 ALL = pytest.mark.parametrize("kind", TRANSFORMS.values(), ids=TRANSFORMS)
 
@@ -187,7 +188,7 @@ def test_rejection_is_a_reason_in_words(kind):
 
 @ALL
 def test_label_is_short_and_tells_widths_apart(kind):
-    widths = {transform.bits: transform.label() for transform in variants(kind)}
+    widths = {getattr(t, "bits", t): t.label() for t in variants(kind)}
     assert len(set(widths.values())) == len(widths)
     assert all(0 < len(label) <= 45 for label in widths.values())
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attar.command_output import check_json, screen, show, write_json
+from attar.command_output import check_json, quieten, screen, show, write_json
 from attar.errors import AttarError
 from attar.options import (
     MODEL_HELP,
@@ -42,6 +41,7 @@ from attar.options import (
     Slices,
     TaskName,
     Threads,
+    To,
 )
 from attar.progress import open_progress
 from attar.records import Recipe
@@ -79,6 +79,7 @@ def compress(
     audit: Audit = None,
     threads: Threads = 2,
     rounds: Rounds = 2,
+    to: To = "attar",
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> int:
@@ -111,6 +112,7 @@ def plan(
     audit: Audit = None,
     threads: Threads = 2,
     rounds: Rounds = 2,
+    to: To = "attar",
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> None:
@@ -359,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [word for word in typed if word != "--debug"] or ["--help"]
-    _quieten(debug)
+    quieten(debug)
     try:
         code = typer.main.get_command(app)(typed, prog_name="attar", standalone_mode=False)
     except AttarError as error:
@@ -382,14 +384,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(INTERRUPTED)
     return int(code or PASSED)
-
-
-def _quieten(debug: bool) -> None:
-    """Keep libraries' notes out of the output."""
-    if not debug:
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when pip is started
 
 
 def _fail(problem: str, hint: str) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,11 @@ def screen() -> dict[str, Any]:
     columns = shutil.get_terminal_size((100, 24)).columns
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return {"width": min(max(columns, NARROWEST), WIDEST), "colour": colour}
+
+
+def quieten(debug: bool) -> None:
+    """Keep libraries' notes out of the output."""
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when pip is started

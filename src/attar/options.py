@@ -71,6 +71,10 @@ Threads = Annotated[
 AcceptLicence = Annotated[
     bool, typer.Option("--accept-licence", help="You accept the terms of a model that has some.")
 ]
+To = Annotated[
+    str,
+    typer.Option(metavar="FORM", help="attar, or gguf: one file that llama.cpp runs."),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 JsonFile = Annotated[

@@ -39,7 +39,7 @@ def compress(
     Raises:
         AttarError: What was found and what to type instead; nothing is written then.
     """
-    attar_folder.check_output(out, force=force)
+    attar_folder.check_output(out, force=force, holds=writing.check_form(recipe))
     return compress_session(open_recipe(recipe, progress), out)
 
 
@@ -160,8 +160,9 @@ def apply_frontier_file(
 
 
 def check_wishes(session: Session) -> None:
-    """Refuse a size that cannot be read, or a unit to keep that is not there, before long work."""
+    """Refuse a size, a form or a unit to keep that cannot be, before long work."""
     session.budget_bytes()
+    writing.check_model(session)
     check_keep(session.units, session.recipe.keep)
 
 

@@ -5,20 +5,60 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from attar.export import attar_folder
+from attar.errors import PlanError, SettingError
+from attar.export import attar_folder, gguf_model
 from attar.load.folder import VERSION
+from attar.transform.keep_float import KeepFloat
+from attar.transform.llama_blocks import TYPES
+from attar.transform.quantize_llama import QuantizeLlama
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from attar.decide import Decided
+    from attar.records import Recipe
     from attar.session import Session
+    from attar.transform.apply import Treated
 
 # In attar.json and in the header of model.safetensors, for one unit, before any plan is known.
 BYTES_PER_UNIT = 520
 BYTES_PER_LEFTOVER = 120
+# Of one tensor's place in a GGUF file, with what it is rounded up to.
+BYTES_PER_TENSOR = 90
+
+
+FORMS = ("attar", "gguf")
+
+
+def check_form(recipe: Recipe) -> str:
+    """Give the file by which a folder of this form is known.
+
+    Raises:
+        SettingError: There is no such form.
+    """
+    if recipe.to not in FORMS:
+        raise SettingError(
+            f"there is no form {recipe.to!r} to write.", hint=f"use --to {' or --to '.join(FORMS)}."
+        )
+    return gguf_model.FILE if recipe.to == "gguf" else attar_folder.DESCRIPTION
+
+
+def check_model(session: Session) -> None:
+    """Refuse a model that the form cannot hold, before long work.
+
+    Raises:
+        ModelError: With the reason.
+    """
+    if session.recipe.to == "gguf":
+        model = session.model
+        gguf_model.check_model(model.architecture.config, model.files, model.name)
 
 
 def contents(session: Session, decided: Decided) -> dict[str, bytes]:
     """Make every file of the folder in memory."""
+    if session.recipe.to == "gguf":
+        units = {f"{name}.weight": _stored(one) for name, one in decided.treated.items()}
+        return _gguf(session, units)
     tensors = {
         f"{name}/{part}": tensor
         for name, treated in decided.treated.items()
@@ -26,6 +66,27 @@ def contents(session: Session, decided: Decided) -> dict[str, bytes]:
     }
     tensors.update(session.leftovers())
     return attar_folder.file_contents(tensors, _description(session, decided), session.model.files)
+
+
+def _gguf(session: Session, units: Mapping[str, gguf_model.Stored]) -> dict[str, bytes]:
+    model, state = session.model, session.model.module.state_dict()
+    # llama.cpp computes with norms in float32, and they weigh little.
+    kept = {left.name: gguf_model.Stored(state[left.name]) for left in session.units.leftovers}
+    return gguf_model.file_contents(
+        {**units, **kept}, model.architecture.config, model.files, model.name
+    )
+
+
+def _stored(treated: Treated) -> gguf_model.Stored:
+    transform = treated.transform
+    if isinstance(transform, QuantizeLlama):
+        return gguf_model.Stored(treated.tensors["blocks"], TYPES[transform.type].number)
+    if isinstance(transform, KeepFloat):
+        return gguf_model.Stored(treated.tensors["weight"])
+    raise PlanError(
+        f"{treated.unit.name} has a treatment that llama.cpp does not know.",
+        hint="give it quantize_llama or keep_float in the plan, or leave --to out.",
+    )
 
 
 def overhead_bytes(session: Session, decided: Decided) -> int:
@@ -36,6 +97,8 @@ def overhead_bytes(session: Session, decided: Decided) -> int:
 
 def estimated_overhead(session: Session) -> int:
     """Guess that weight before there is a plan; corrected as soon as there is one."""
+    if session.recipe.to == "gguf":
+        return attar_folder.weigh(_gguf(session, {})) + BYTES_PER_TENSOR * len(session.units.units)
     kept = sum(tensor.nbytes for tensor in session.leftovers().values())
     files = attar_folder.weigh(attar_folder.file_contents({}, {}, session.model.files))
     described = len(json.dumps(_about_model(session)))

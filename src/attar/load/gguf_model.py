@@ -10,9 +10,7 @@ for bit.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attar.errors import ModelError
+from attar.gguf_names import FAMILIES, Family, transformers_name
 from attar.load.extras import import_extra
 from attar.load.gguf_file import GgufFile, decode_tensor, read_gguf
 from attar.load.gguf_tokenizer import tokenizer_json
 from attar.load.parts import Parts
 from attar.records import Architecture
 
-_GLOBAL_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_ATTENTION_AND_MLP = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one architecture's GGUF differs from transformers.
-
-    Attributes:
-        model_type: Transformers' name.
-        layer_names: Name inside a block to transformers' name inside a layer.
-        rows_permuted: Whether the rows of q and k are in llama.cpp's rotary order.
-        gain_offset: What the file adds to every norm gain.
-    """
-
-    model_type: str
-    layer_names: Mapping[str, str]
-    rows_permuted: bool
-    gain_offset: float
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "llama", {**_ATTENTION_AND_MLP, "ffn_norm": "post_attention_layernorm"}, True, 0.0
-    ),
-    "gemma3": Family(
-        "gemma3_text",
-        {
-            **_ATTENTION_AND_MLP,
-            "ffn_norm": "pre_feedforward_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
-            "attn_q_norm": "self_attn.q_norm",
-            "attn_k_norm": "self_attn.k_norm",
-        },
-        False,
-        1.0,
-    ),
-}
 _GEMMA3_27B_LAYERS = 62  # llama.cpp recognises the one size with another attention scale by this
 
 
@@ -172,16 +119,13 @@ def _gemma3_config(config: Mapping[str, Any], theta: float, window: int) -> dict
 
 
 def _name(name: str, family: Family) -> str:
-    stem, _, suffix = name.rpartition(".")
-    if stem in _GLOBAL_NAMES:
-        return f"{_GLOBAL_NAMES[stem]}.{suffix}"
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if block and block[2] in family.layer_names:
-        return f"model.layers.{block[1]}.{family.layer_names[block[2]]}.{suffix}"
-    raise ModelError(
-        f"the GGUF file holds a tensor {name}, which a {family.model_type} model does not have",
-        hint="give the model as a Hugging Face folder (config.json, model.safetensors)",
-    )
+    found = transformers_name(name, family)
+    if found is None:
+        raise ModelError(
+            f"the GGUF file holds a tensor {name}, which a {family.model_type} model does not have",
+            hint="give the model as a Hugging Face folder (config.json, model.safetensors)",
+        )
+    return found
 
 
 def _tensor(file: GgufFile, name: str, family: Family, config: Mapping[str, Any]) -> Tensor:

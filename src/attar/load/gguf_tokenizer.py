@@ -13,35 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attar.errors import ModelError
-
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
-_SPACE = "\u2581"  # how SentencePiece writes a space
-
-# llama.cpp's names of the rule that cuts text before merging, as tokenizers' own parts.
-_BYTES_BY_GPT2_RULE = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-_BYTES_ONLY = {**_BYTES_BY_GPT2_RULE, "use_regex": False}
-_DIGIT_BY_DIGIT = {"type": "Digits", "individual_digits": True}
-_LLAMA3_RULE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from attar.gguf_names import (
+    BYTES_BY_GPT2_RULE,
+    CONTROL,
+    PRE_TOKENIZERS,
+    SPACE,
+    USER_DEFINED,
 )
-_SPLIT_LLAMA3 = {
-    "type": "Split",
-    "pattern": {"Regex": _LLAMA3_RULE},
-    "behavior": "Isolated",
-    "invert": False,
-}
-PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "default": [_BYTES_BY_GPT2_RULE],
-    "gpt-2": [_BYTES_BY_GPT2_RULE],
-    "smollm": [_DIGIT_BY_DIGIT, _BYTES_BY_GPT2_RULE],
-    "llama-bpe": [_SPLIT_LLAMA3, _BYTES_ONLY],
-}
 
 
 def tokenizer_json(metadata: Mapping[str, Any], architecture: str) -> bytes:
@@ -89,7 +67,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str,
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": {**_BYTES_BY_GPT2_RULE, "add_prefix_space": True},
+        "decoder": {**BYTES_BY_GPT2_RULE, "add_prefix_space": True},
         "model": _merging_model(tokens, merges, unknown=None, bytes_for_unknown=False),
     }
 
@@ -98,21 +76,21 @@ def _sentencepiece(
     metadata: Mapping[str, Any], tokens: Sequence[str], *, merges_in_token_order: bool
 ) -> dict[str, Any]:
     # The file spells tokens that are nothing but spaces with spaces, all others with the mark.
-    respelled = [_SPACE * len(t) if " " in t and not t.strip() else t for t in tokens]
+    respelled = [SPACE * len(t) if " " in t and not t.strip() else t for t in tokens]
     scores = metadata.get("tokenizer.ggml.scores")
     if merges_in_token_order or not isinstance(scores, list):
         scores = [-float(position) for position in range(len(tokens))]
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     ]
     undo: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     if prefix:
-        steps.insert(0, {"type": "Prepend", "prepend": _SPACE})
+        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
         undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = tokens[_token_id(metadata, "unknown", len(tokens)) or 0]
     merges = merges_of_vocabulary(respelled, scores)
@@ -170,10 +148,10 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[di
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind == _CONTROL,
+            "special": kind == CONTROL,
         }
         for position, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind in (_CONTROL, _USER_DEFINED)
+        if kind in (CONTROL, USER_DEFINED)
     ]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from attar.transform.keep_float import KeepFloat
 from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
+from attar.transform.quantize_llama import QuantizeLlama
 from attar.transform.quantize_rtn import QuantizeRtn
 from attar.transform.zero_n_m import ZeroNM
 from attar.transform.zero_unstructured import ZeroUnstructured
@@ -13,6 +14,7 @@ TRANSFORMS: dict[str, type[Any]] = {
     "keep_float": KeepFloat,
     "quantize_entropy": QuantizeEntropy,
     "quantize_feedback": QuantizeFeedback,
+    "quantize_llama": QuantizeLlama,
     "quantize_rtn": QuantizeRtn,
     "zero_n_m": ZeroNM,
     "zero_unstructured": ZeroUnstructured,

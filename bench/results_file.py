@@ -113,6 +113,7 @@ class Bench:
         quick_models: Measured with `--quick`.
         measure: Yields rows, each with a `model`; called once.
         check: Stored rows to findings.
+        key: Columns that say what was measured: rows that agree in them replace older ones.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Bench:
     quick_models: tuple[str, ...]
     measure: Callable[[Options], Iterator[Row]]
     check: Callable[[list[dict[str, str]]], list[Finding]]
+    key: tuple[str, ...] = ("model",)
 
 
 def main(bench: Bench) -> None:
@@ -134,7 +136,7 @@ def main(bench: Bench) -> None:
     chosen = tuple(typed.models.split(",")) if typed.models else ()
     if unknown := set(chosen) - set(bench.models) - set(bench.quick_models):
         parser.error(f"this bench has no model {', '.join(sorted(unknown))}")
-    table = Table(bench.name, quick=typed.quick)
+    table = Table(bench.name, quick=typed.quick, key=bench.key)
     if typed.check:
         sys.exit(_check(bench, table))
     default = bench.quick_models if typed.quick else bench.models
@@ -156,17 +158,18 @@ def _check(bench: Bench, table: Table) -> int:
 
 
 class Table:
-    """Rows of one CSV file; those of a model measured again take the place of its old ones.
+    """Rows of one CSV file; those measured again take the place of old ones with the same key.
 
     Attributes:
         rows: As stored: text.
     """
 
-    def __init__(self, name: str, *, quick: bool = False) -> None:
+    def __init__(self, name: str, *, quick: bool = False, key: Sequence[str] = ("model",)) -> None:
         folder = Path(tempfile.gettempdir()) / "attar-bench" if quick else RESULTS
         self.path = folder / f"{name}.csv"
         self.rows: list[dict[str, str]] = []
-        self._new: set[str] = set()
+        self._key = tuple(key)
+        self._new: set[tuple[str, ...]] = set()
         if self.path.exists():
             with self.path.open(encoding="utf-8", newline="") as file:
                 self.rows = list(csv.DictReader(file))
@@ -174,11 +177,15 @@ class Table:
     def add(self, row: Row) -> None:
         """Write the file again with one row more, whole or not at all."""
         text = {name: as_text(value) for name, value in {**row, **measured_on()}.items()}
-        if text["model"] not in self._new:
-            self.rows = [old for old in self.rows if old["model"] != text["model"]]
-            self._new.add(text["model"])
+        own = self._key_of(text)
+        if own not in self._new:
+            self.rows = [old for old in self.rows if self._key_of(old) != own]
+            self._new.add(own)
         self.rows.append(text)
         self._write()
+
+    def _key_of(self, row: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(row.get(column, "") for column in self._key)
 
     def _write(self) -> None:
         names = dict.fromkeys(name for row in self.rows for name in row)

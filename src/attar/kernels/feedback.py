@@ -18,18 +18,20 @@ section 3. They round blocks, by a trellis; we round single weights, to any grid
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int, Int16
-from numba import njit
 from torch import Tensor
+
+from attar.kernels.compiled import compiled
 
 # Side of a tile: 32 rows of 32 weights stay in the first cache with what they are multiplied by.
 TILE = 32
+# Rows of a tile where rows do not depend on each other: few and large matrix products.
+ROWS_APART = 256
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,10 @@ def round_both(
         columns: The same of the column side.
     """
     codes = torch.empty(weight.shape, dtype=torch.int16)
-    errors = torch.empty(len(weight) if rows is not None else TILE, weight.shape[1])
-    for start in range(0, len(weight), TILE):
-        own = slice(start, start + TILE)
+    step = ROWS_APART if rows is None else TILE
+    errors = torch.empty(step if rows is None else len(weight), weight.shape[1])
+    for start in range(0, len(weight), step):
+        own = slice(start, start + step)
         target, among = weight[own].clone(), torch.empty(0, 0)
         lost = errors[: len(target)]
         if rows is not None:
@@ -135,11 +138,12 @@ def _round_rows(
     for start in range(0, target.shape[1], TILE):
         end = min(target.shape[1], start + TILE)
         inside = columns[start:end, start:end].contiguous().numpy()
-        _compiled(lines, steps, among, inside, start, end)
+        _round_tile(lines, steps, among, inside, start, end)
         if end < target.shape[1]:
             far = errors[:, start:end] @ columns[start:end, end:]
             target[:, end:] -= far
-            moved[:, end:] += far
+            if len(among):
+                moved[:, end:] += far
 
 
 class _Lines(NamedTuple):
@@ -163,6 +167,7 @@ class _Steps(NamedTuple):
     group_of: np.ndarray
 
 
+@compiled
 def _round_tile(
     lines: _Lines, steps: _Steps, among: np.ndarray, inside: np.ndarray, start: int, end: int
 ) -> None:
@@ -189,13 +194,10 @@ def _round_tile(
             for k in range(j + 1, end):
                 share = error * inside[j - start, k - start]
                 target[i, k] -= share
-                moved[i, k] += share
+                if both:
+                    moved[i, k] += share
         if both:
             for other in range(i + 1, target.shape[0]):
                 share = among[i, other]
                 for k in range(start, end):
                     target[other, k] -= share * (errors[i, k] + moved[i, k])
-
-
-# Unwrapped, because tests put a check of shapes around every function.
-_compiled = njit(nogil=True, cache=True)(inspect.unwrap(_round_tile))

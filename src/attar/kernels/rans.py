@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Real, UInt8, UInt16, UInt32, UInt64
 
 from attar.errors import ModelError
+from attar.kernels.compiled import compiled
 
 PRECISION = 14  # bits of a probability: every context's frequencies sum to 2**PRECISION
 TOTAL = 1 << PRECISION
@@ -23,7 +24,6 @@ LOWEST = 1 << 16  # a state is at least this, and below 2**32
 STATE_BYTES = 4
 # Symbols of one lane: each lane costs about two bytes, and each of its symbols one step of a loop.
 SYMBOLS_PER_LANE = 4096
-STEPS_AT_ONCE = 64  # for which what depends on no state is looked up together
 
 Frequencies = UInt32[np.ndarray, "contexts symbols"]
 
@@ -63,28 +63,11 @@ def encode(
     Args:
         frequencies: From `normalised`; every symbol must have one above 0 in its context.
     """
-    n, lanes = len(symbols), n_lanes(len(symbols))
-    starts = _starts(frequencies)
-    state = np.full(lanes, LOWEST, np.uint64)
-    words: list[UInt64[np.ndarray, " _"]] = []
-    for begin in reversed(range(0, n, lanes * STEPS_AT_ONCE)):
-        part = slice(begin, begin + lanes * STEPS_AT_ONCE)
-        frequency = frequencies[contexts[part], symbols[part]].astype(np.uint64)
-        start = starts[contexts[part], symbols[part]]
-        limit = frequency << np.uint64(32 - PRECISION)
-        for step in reversed(range(0, len(frequency), lanes)):
-            own = slice(step, step + lanes)
-            active = state[: len(frequency[own])]  # the last step may not fill all lanes
-            full = active >= limit[own]
-            words.append(active[full])
-            active >>= full * np.uint64(16)
-            whole, rest = np.divmod(active, frequency[own])
-            whole <<= np.uint64(PRECISION)
-            whole += rest
-            np.add(whole, start[own], out=active)
-    stream = np.concatenate([np.empty(0, np.uint64), *reversed(words)]) & np.uint64(0xFFFF)
-    parts = state.astype("<u4").view(np.uint8), stream.astype("<u2").view(np.uint8)
-    return np.concatenate(parts)
+    state = np.full(n_lanes(len(symbols)), LOWEST, np.uint64)
+    words = np.empty(len(symbols), np.uint16)
+    n_words = _push_all(symbols, contexts, frequencies, _starts(frequencies), state, words)
+    stream = words[:n_words][::-1].astype("<u2")
+    return np.concatenate([state.astype("<u4").view(np.uint8), stream.view(np.uint8)])
 
 
 def decode(
@@ -95,29 +78,10 @@ def decode(
     Raises:
         ModelError: These bytes are not what `encode` made with these frequencies.
     """
-    n, lanes = len(contexts), n_lanes(len(contexts))
-    states, words = _parts(stored, lanes)
-    table = _table(frequencies)
-    symbols = np.empty(n, np.uint16)
-    position = 0
-    for begin in range(0, n, lanes * STEPS_AT_ONCE):
-        part = slice(begin, begin + lanes * STEPS_AT_ONCE)
-        entry = contexts[part].astype(np.uint64) << np.uint64(PRECISION)
-        for step in range(0, len(entry), lanes):
-            own = entry[step : step + lanes]
-            state = states[: len(own)]
-            own += state & np.uint64(TOTAL - 1)
-            own[:] = table[own]
-            state >>= np.uint64(PRECISION)
-            state *= own & np.uint64(0xFFFF)
-            state += own >> np.uint64(16) & np.uint64(0xFFFF)
-            low = np.flatnonzero(state < LOWEST)
-            end = position + len(low)
-            if end > len(words):
-                raise _damaged("it ends too early.")
-            state[low] = state[low] << np.uint64(16) | words[position:end]
-            position = end
-        symbols[part] = entry >> np.uint64(32)
+    states, words = _parts(stored, n_lanes(len(contexts)))
+    symbols = np.empty(len(contexts), np.uint16)
+    if _pull_all(contexts, _table(frequencies), states, words, symbols) > len(words):
+        raise _damaged("it ends too early.")
     if bool((states != LOWEST).any()):
         raise _damaged("its end does not fit its start.")
     return symbols
@@ -179,3 +143,55 @@ def _damaged(problem: str) -> ModelError:
         f"coded weights cannot be read: {problem}",
         hint="the model file is damaged or edited; compress or download it again.",
     )
+
+
+@compiled
+def _push_all(
+    symbols: np.ndarray,
+    contexts: np.ndarray,
+    frequencies: np.ndarray,
+    starts: np.ndarray,
+    state: np.ndarray,
+    words: np.ndarray,
+) -> int:
+    """Code from the last symbol to the first; words come out in reverse. Gives their number."""
+    n_words = 0
+    for i in range(len(symbols) - 1, -1, -1):
+        lane = i % len(state)
+        frequency = np.uint64(frequencies[contexts[i], symbols[i]])
+        now = state[lane]
+        if now >= frequency << np.uint64(32 - PRECISION):
+            words[n_words] = np.uint16(now & np.uint64(0xFFFF))
+            n_words += 1
+            now >>= np.uint64(16)
+        whole = now // frequency
+        rest = now - whole * frequency
+        state[lane] = (whole << np.uint64(PRECISION)) + rest + starts[contexts[i], symbols[i]]
+    return n_words
+
+
+@compiled
+def _pull_all(
+    contexts: np.ndarray,
+    table: np.ndarray,
+    states: np.ndarray,
+    words: np.ndarray,
+    symbols: np.ndarray,
+) -> int:
+    """Decode from the first symbol to the last. Gives the words needed: too many where damaged."""
+    position = 0
+    for i in range(len(contexts)):
+        lane = i % len(states)
+        now = states[lane]
+        slot = np.uint64(contexts[i]) << np.uint64(PRECISION) | now & np.uint64(TOTAL - 1)
+        entry = table[slot]
+        now = (now >> np.uint64(PRECISION)) * (entry & np.uint64(0xFFFF))
+        now += entry >> np.uint64(16) & np.uint64(0xFFFF)
+        if now < np.uint64(LOWEST):
+            if position == len(words):
+                return position + 1
+            now = now << np.uint64(16) | words[position]
+            position += 1
+        states[lane] = now
+        symbols[i] = np.uint16(entry >> np.uint64(32))
+    return position

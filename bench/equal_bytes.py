@@ -92,7 +92,8 @@ SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "W8A16G64 0 steps",
             "auto 3.0 bits 200 steps",
         ],
-        "llm_compressor": ["GPTQ 4 bits", "AWQ 4 bits", "GPTQ 8 bits"],
+        # Its AWQ asks for pinned memory, which there is none of without a GPU.
+        "llm_compressor": ["GPTQ 4 bits", "GPTQ 8 bits"],
         "hqq": [f"{bits} bits, groups of 64" for bits in (2, 3, 4, 8)],
         "quanto": ["qint2", "qint4", "qint8"],
     },

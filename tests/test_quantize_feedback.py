@@ -65,7 +65,7 @@ def codes_of(weight, c, transform):
     scales = find_scales(
         weight, transform.bits, transform.group_size, transform.symmetric, column_weights(c)
     )
-    found = method.feed_back(weight, method.rounding_order(c), None, transform, scales)
+    found = method.feed_back(weight, method.turns(c, None, rows, columns), transform, scales)
     width = transform.group_size or columns
     scale, zero_point = (s.double().repeat_interleave(width, dim=1).numpy() for s in scales)
     each = rows // len(c)

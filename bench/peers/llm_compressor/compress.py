@@ -1,5 +1,5 @@
-"""llm-compressor: GPTQ or AWQ, groups of 64, on every linear map but the head, as its examples do;
-written as compressed-tensors."""
+"""llm-compressor: GPTQ, groups of 64, on every linear map but the head, as its examples do; written
+as compressed-tensors. The setting names the bits."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from peer import Job, main
 
@@ -21,10 +20,7 @@ def compress(job: Job) -> None:
         num_bits=bits, type="int", symmetric=False, strategy="group", group_size=64
     )
     groups = {"all": QuantizationScheme(targets=["Linear"], weights=arguments)}
-    if job.setting.startswith("GPTQ"):
-        recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
-    else:
-        recipe = [AWQModifier(config_groups=groups, ignore=["lm_head"])]
+    recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     oneshot(
         model=model,

@@ -5,6 +5,7 @@ from typing import Any
 from attar.transform.keep_float import KeepFloat
 from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
+from attar.transform.quantize_levels import QuantizeLevels
 from attar.transform.quantize_llama import QuantizeLlama
 from attar.transform.quantize_rtn import QuantizeRtn
 from attar.transform.zero_n_m import ZeroNM
@@ -14,6 +15,7 @@ TRANSFORMS: dict[str, type[Any]] = {
     "keep_float": KeepFloat,
     "quantize_entropy": QuantizeEntropy,
     "quantize_feedback": QuantizeFeedback,
+    "quantize_levels": QuantizeLevels,
     "quantize_llama": QuantizeLlama,
     "quantize_rtn": QuantizeRtn,
     "zero_n_m": ZeroNM,

@@ -36,7 +36,13 @@ from attar.errors import SettingError
 from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import coded, groups, settings
-from attar.transform.quantize_feedback import Order, feed_rows, order_of_rows, rounding_order
+from attar.transform.quantize_feedback import (
+    Order,
+    Turn,
+    order_of_rows,
+    round_turns,
+    rounding_order,
+)
 
 FEWEST_WEIGHTS, FEWEST_IN_LINE = 16_384, 32
 # A row's importance is an estimate; it is taken to lie within this factor of the mean.
@@ -177,15 +183,13 @@ class Rounding:
         row, column = table[factors.rows.long()], table[factors.columns.long()] * step
         if self.order is None:
             return self._nearest(row, column)
-        places = self.order.places
-        rows = torch.arange(len(row)) if self.row_order is None else self.row_order.places
         lowest = torch.full((len(row), 1), -float(coded.MIDDLE))
         highest = lowest + (coded.SYMBOLS - 1)
-        grid = Grid(row[rows, None], column[places], torch.zeros_like(places), lowest, highest)
-        made = feed_rows(self.weight, rows, places, self.order.feedback[0], self.row_order, grid)
-        codes = torch.empty_like(made)
-        codes[rows] = made[:, torch.argsort(places)].add_(coded.MIDDLE)
-        return codes
+        group_of = torch.zeros(len(column), dtype=torch.int64)
+        grid = Grid(row[:, None], column, group_of, lowest, highest)
+        rows = torch.arange(len(row)) if self.row_order is None else self.row_order.places
+        turn = Turn(rows, self.order, self.row_order, self.order.feedback[0])
+        return round_turns(self.weight, [turn], grid).add_(coded.MIDDLE)
 
     def _nearest(self, row: Tensor, column: Tensor) -> Int16[Tensor, "rows columns"]:
         codes = torch.empty(self.weight.shape, dtype=torch.int16)

@@ -16,7 +16,8 @@ so that the order does not change what is stored. C may be one matrix per group 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int16, UInt8
@@ -98,14 +99,14 @@ def quantize_all(
             nothing to feed back along, and every weight is rounded to the nearest code.
     """
     importance = groups.column_weights(moment)
-    order = None if moment is None or moment.dim() == 1 else rounding_order(moment)
-    row_order = None if order is None else order_of_rows(rows)
+    fed_back = moment is not None and moment.dim() > 1
+    some = turns(moment, rows, *weight.shape) if fed_back else []
     for t in transforms:
         scales = groups.find_scales(weight, t.bits, t.group_size, t.symmetric, importance)
-        if order is None:
-            codes = groups.encode(weight, *scales, t.bits, t.group_size)
+        if fed_back:
+            codes = feed_back(weight, some, t, scales)
         else:
-            codes = feed_back(weight, order, row_order, t, scales)
+            codes = groups.encode(weight, *scales, t.bits, t.group_size)
         yield Replacement(
             tensors=groups.store(codes, *scales, t.bits, t.symmetric),
             dense=groups.decode_codes(codes, *scales, t.group_size),
@@ -144,29 +145,74 @@ def order_of_rows(rows: RowWeights | None) -> Order | None:
     return rounding_order(rows.moment[None], ROW_DAMPING_FRACTION)
 
 
+class Turn(NamedTuple):
+    """Rows that are rounded together.
+
+    Attributes:
+        rows: Which, in the order of rounding.
+        order: Of the columns.
+        row_order: None where these rows do not depend on each other.
+        feedback: Of the columns, for these rows.
+    """
+
+    rows: Int[Tensor, " rows"]
+    order: Order
+    row_order: Order | None
+    feedback: Float[Tensor, "columns columns"]
+
+
+def turns(moment: Tensor | None, rows: RowWeights | None, n_rows: int, columns: int) -> list[Turn]:
+    """Cut the rows into groups of one moment each.
+
+    Without a full moment columns stay in place, and nothing is fed back.
+    """
+    if moment is None or moment.dim() == 1:
+        places, nothing = torch.arange(columns), torch.eye(columns)[None]
+        order, row_order = Order(places, nothing, torch.ones(1, columns)), None
+    else:
+        order, row_order = rounding_order(moment), order_of_rows(rows)
+    each = n_rows // len(order.feedback)
+    found = []
+    for number, feedback in enumerate(order.feedback):
+        own = torch.arange(each) + number * each if row_order is None else row_order.places
+        found.append(Turn(own, order, row_order, feedback))
+    return found
+
+
 def feed_back(
     weight: Float[Tensor, "rows columns"],
-    order: Order,
-    row_order: Order | None,
+    some: Sequence[Turn],
     transform: QuantizeFeedback,
     scales: groups.Scales,
 ) -> UInt8[Tensor, "rows columns"]:
-    """Round every weight; groups of rows by their own factor."""
+    """Round every weight."""
     scale, zero_point = (part.float() for part in scales)
-    width = groups.group_width(weight.shape[1], transform.group_size)
     top = 2.0**transform.bits - 1
-    ones = torch.ones(weight.shape[1])
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    each = len(weight) // len(order.feedback)
-    for number, feedback in enumerate(order.feedback):
-        rows = torch.arange(each) + number * each
-        if row_order is not None:
-            rows = row_order.places
-        start = zero_point[rows]
-        grid = Grid(scale[rows], ones, order.places // width, -start, top - start)
-        made = feed_rows(weight, rows, order.places, feedback, row_order, grid)
-        exact = made + start[:, order.places // width]
-        codes[rows] = exact[:, torch.argsort(order.places)].to(torch.uint8)
+    width = groups.group_width(weight.shape[1], transform.group_size)
+    grid = Grid(
+        scale,
+        torch.ones(weight.shape[1]),
+        torch.arange(weight.shape[1]) // width,
+        -zero_point,
+        top - zero_point,
+    )
+    codes = round_turns(weight, some, grid)
+    return (codes + zero_point[:, grid.group_of]).to(torch.uint8)
+
+
+def round_turns(
+    weight: Float[Tensor, "rows columns"], some: Sequence[Turn], grid: Grid
+) -> Int16[Tensor, "rows columns"]:
+    """Round a weight to a grid; rows and columns of both as they stand."""
+    codes = torch.empty(weight.shape, dtype=torch.int16)
+    for own, order, row_order, feedback in some:
+        part = replace(
+            grid.of_rows(own),
+            group_of=grid.group_of[order.places],
+            column_scale=grid.column_scale[order.places],
+        )
+        made = feed_rows(weight, own, order.places, feedback, row_order, part)
+        codes[own] = made[:, torch.argsort(order.places)]
     return codes
 
 

@@ -24,7 +24,7 @@ from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import groups
 from attar.transform.llama_blocks import TYPES, Blocks, BlockType
-from attar.transform.quantize_feedback import Order, feed_rows, order_of_rows, rounding_order
+from attar.transform.quantize_feedback import round_turns, turns
 
 # Shares of the full range that are tried as the range of a part of a block, and steps tried around
 # the best; where steps are small, cutting off much of a range never pays.
@@ -131,24 +131,8 @@ def _rounded(
     grid = grid_of(blocks, form, len(weight))
     # Where a part is all zeros, any code is right, but its step must be a number.
     grid = replace(grid, scale=torch.where(grid.scale == 0, TINY, grid.scale))
-    columns = weight.shape[1]
-    if moment is None or moment.dim() == 1:
-        order, row_order = _in_place(columns), None
-    else:
-        order, row_order = rounding_order(moment), order_of_rows(rows)
-    codes = torch.empty(weight.shape, dtype=torch.int16)
-    each = len(weight) // len(order.feedback)
-    for number, feedback in enumerate(order.feedback):
-        own = torch.arange(each) + number * each if row_order is None else row_order.places
-        some = replace(grid.of_rows(own), group_of=grid.group_of[order.places])
-        made = feed_rows(weight, own, order.places, feedback, row_order, some)
-        codes[own] = made[:, torch.argsort(order.places)]
+    codes = round_turns(weight, turns(moment, rows, *weight.shape), grid)
     return codes if form.levels else codes + form.zero
-
-
-def _in_place(columns: int) -> Order:
-    """Columns as they stand, without feedback."""
-    return Order(torch.arange(columns), torch.eye(columns)[None], torch.ones(1, columns))
 
 
 def fit(

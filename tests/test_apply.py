@@ -54,6 +54,7 @@ def applied(module, choices=CHOICES, known=nothing, price=lambda unit, change: 0
         price=price,
         for_each=lambda work: map(work, UNITS),
         progress=Silent(),
+        made={},
     )
 
 
@@ -119,6 +120,7 @@ def test_ties_stay_ties_in_the_copy():
         price=lambda unit, change: 0.0,
         for_each=lambda work: map(work, (unit,)),
         progress=Silent(),
+        made={},
     )
     small = materialise(module, treated)
     assert small.head.weight is small.table.weight
@@ -167,3 +169,27 @@ def test_what_the_values_do_not_allow_is_an_error_in_its_place():
     half, whole, codes = treat(weight, None, transforms)
     assert isinstance(half, SettingError) and isinstance(codes, SettingError)
     assert np.array_equal(whole.dense.numpy(), weight.numpy())
+
+
+def test_what_was_made_before_is_not_made_again():
+    module = net()
+    first, receipt = applied(module)
+    name = UNITS.units[0].name
+    calls = []
+
+    def price(unit, change):
+        calls.append(unit.name)
+        return 0.0
+
+    again, listed = apply_choices(
+        module,
+        UNITS,
+        CHOICES,
+        known=nothing,
+        price=price,
+        for_each=lambda work: map(work, UNITS),
+        progress=Silent(),
+        made={name: (first[name], receipt[0])},
+    )
+    assert calls == [unit.name for unit in UNITS.units[1:]] and again[name] is first[name]
+    assert listed == receipt

@@ -125,16 +125,34 @@ def test_head_products_are_the_slope_of_scaling_each_head():
         assert float(found[sample, head]) == pytest.approx(expected, abs=1e-3)
 
 
+def hedged(values):
+    """Three quarters as found, a quarter by their roots."""
+    roots = [value**0.5 for value in values]
+    return [
+        0.75 * value + 0.25 * sum(values) * root / sum(roots)
+        for value, root in zip(values, roots, strict=True)
+    ]
+
+
 def test_token_frequency_is_half_what_was_seen_and_half_what_is_expected():
     counts, answers = torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 2.0])
     found = moments.token_frequency(counts, answers)
-    assert found.tolist() == pytest.approx([0.5, 0.25, 0.25])
+    assert found.tolist() == pytest.approx(hedged([0.5, 0.25, 0.25]))
 
 
 def test_without_answers_what_was_seen_once_stands_for_the_unseen():
     counts = torch.tensor([6.0, 1.0, 1.0, 0.0, 0.0])
     found = moments.token_frequency(counts, None)
-    assert found.tolist() == pytest.approx([0.75 * 0.75, 0.125 * 0.75, 0.125 * 0.75, 0.125, 0.125])
+    expected = [0.75 * 0.75, 0.125 * 0.75, 0.125 * 0.75, 0.125, 0.125]
+    assert found.tolist() == pytest.approx(hedged(expected))
+
+
+def test_a_hedge_keeps_the_order_and_the_sum_and_cuts_differences():
+    rare, frequent = 1e-6, 0.3
+    found = moments.hedged(torch.tensor([rare, 0.0, frequent]))
+    assert float(found.sum()) == pytest.approx(rare + frequent)
+    assert found[1] == 0 and found[0] > 100 * rare and found[2] < frequent
+    assert not moments.hedged(torch.zeros(3)).any()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from attar.records import (
 from attar.session import Session
 from attar.sites import substituted
 from attar.transform.apply import (
+    Done,
     Treated,
     apply_choices,
     build_transform,
@@ -41,6 +42,8 @@ REPRICED_SHARE = 0.5
 FITTING_TRIES = 4
 # Bytes that a wrong guess of the rest of the folder may leave unused, as a share of the budget.
 UNUSED_SHARE = 0.003
+# What is said of a unit in the folder grows by a digit here and there from one plan to the next.
+BYTES_SPARE_PER_UNIT = 4
 # Below this many nats the ratio of measured to predicted damage is noise.
 SMALLEST_CORRECTED = 1e-6
 # Points of a frontier from the smallest size to these bits per weight, and which of them are
@@ -229,11 +232,13 @@ def _fit(
     least = smallest(candidates)
     if not weighed and overhead + weight_bytes(least) > budget.weight_bytes:
         overhead = _carry_out(session, least, budget, overhead, statistics).plan.overhead_bytes
-    fitting = None
+    fitting, before = None, None
     for _ in range(FITTING_TRIES):
+        if weighed or before is not None:
+            overhead += BYTES_SPARE_PER_UNIT * len(session.units.units)
         choices = _solve(session, candidates, budget, overhead)
-        decided = _carry_out(session, choices, budget, overhead, statistics)
-        guessed, overhead = overhead, decided.plan.overhead_bytes
+        decided = _carry_out(session, choices, budget, overhead, statistics, before)
+        guessed, overhead, before = overhead, decided.plan.overhead_bytes, decided
         if decided.plan.weight_bytes <= budget.weight_bytes:
             fitting = decided
             if guessed - overhead <= UNUSED_SHARE * budget.weight_bytes:
@@ -268,8 +273,13 @@ def _carry_out(
     budget: Budget,
     overhead: int,
     statistics: Statistics,
+    before: Decided | None = None,
 ) -> Decided:
-    """Treat every weight as chosen, and weigh what would be written."""
+    """Treat every weight as chosen, and weigh what would be written.
+
+    Args:
+        before: What was carried out with the same statistics; what it shares is taken from it.
+    """
 
     with session.timed("transform"):
         treated, applied = apply_choices(
@@ -282,6 +292,7 @@ def _carry_out(
             ),
             for_each=lambda work: session.for_each_unit(work),
             progress=session.progress,
+            made={} if before is None else _same(before, choices),
         )
     made = Plan(
         model=session.recipe.model,
@@ -296,6 +307,17 @@ def _carry_out(
     decided = Decided(made, Receipt(applied, session.units.leftovers), treated)
     weighed = writing.overhead_bytes(session, decided)
     return replace(decided, plan=replace(made, overhead_bytes=weighed))
+
+
+def _same(before: Decided, choices: Mapping[str, Candidate]) -> dict[str, Done]:
+    """What was made before of the units that are to be treated as they were."""
+    old = before.plan.choices
+    return {
+        applied.unit: (before.treated[applied.unit], applied)
+        for applied in before.receipt.applied
+        if (choices[applied.unit].treatment, choices[applied.unit].settings)
+        == (old[applied.unit].treatment, old[applied.unit].settings)
+    }
 
 
 def _measured(session: Session, decided: Decided, correction: float) -> Round:

@@ -20,6 +20,9 @@ POSITIONS_AT_ONCE = 64
 # Positions of one picture that second moments are taken over. Neighbours say nearly the same, and
 # with hundreds of pictures there are far more of them than columns.
 POSITIONS_AT_MOST = 196
+# Share of the tokens to come that may be of another kind than the data. With a quarter, SmolLM2's
+# table, priced on one text, errs a tenth more on the same text and 20 to 30% less on four others.
+HEDGE = 0.25
 
 
 def inputs_of(
@@ -116,6 +119,17 @@ def head_products(
     return products.reshape(len(products), heads, -1).sum(-1)
 
 
+def hedged(frequency: Float[Tensor, " n_tokens"]) -> Float[Tensor, " n_tokens"]:
+    """Take a part of what will be read or written to be of another kind than the data.
+
+    A third of the words of another text may be none of the few thousand that calibration held; told
+    that they hardly occur, rounding would spoil them. The other kind is the same list with its
+    differences cut to their roots; the sum stays.
+    """
+    flat = frequency.clamp(min=0).sqrt()
+    return (1 - HEDGE) * frequency + HEDGE * frequency.sum() * flat / flat.sum().clamp(min=1e-30)
+
+
 def token_frequency(
     counts: Float[Tensor, " n_tokens"], answers: Float[Tensor, " width"] | None
 ) -> Float[Tensor, " n_tokens"]:
@@ -126,10 +140,10 @@ def token_frequency(
     """
     share = counts / counts.sum().clamp(min=1)
     if answers is not None and answers.shape == counts.shape:
-        return 0.5 * (share + answers / answers.sum())
+        return hedged(0.5 * (share + answers / answers.sum()))
     unseen = counts == 0
     missing = float((counts == 1).sum()) / max(1.0, float(counts.sum()))
     missing = min(0.5, missing) if unseen.any() else 0.0
     share = share * (1 - missing)
     share[unseen] = missing / max(1, int(unseen.sum()))
-    return share
+    return hedged(share)

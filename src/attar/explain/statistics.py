@@ -29,7 +29,7 @@ from torch import Tensor
 
 from attar.divergence import Divergence
 from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, kept_numbers
-from attar.explain.moments import token_frequency
+from attar.explain.moments import hedged, token_frequency
 from attar.kernels.symmetric import Packed, Symmetric
 from attar.memory import release
 from attar.parallel import in_order
@@ -234,7 +234,7 @@ def _curvature(
         return token_frequency(rows, sums.answers) * (positions / n), first, second, None
     if exact:
         assert sums.spread is not None
-        return sums.spread / n, first, second, None
+        return hedged(sums.spread / n), first, second, None
     return _packed(rows.div_(n * draws)), first, second, rows_first
 
 

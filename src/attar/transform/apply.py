@@ -124,11 +124,13 @@ def apply_choices(
     price: Price,
     for_each: Callable[[Callable[[Unit], Done]], Iterable[Done]],
     progress: Progress,
+    made: Mapping[str, Done],
 ) -> tuple[dict[str, Treated], tuple[Applied, ...]]:
     """Treat every unit as chosen. The module is left as it is.
 
     Args:
         for_each: Applies a function to every unit, in order; may work on several at once.
+        made: Units that were treated as chosen before; they are not treated again.
 
     Raises:
         ModelError: A weight is not finite.
@@ -136,6 +138,8 @@ def apply_choices(
     weights = dict(module.named_parameters())
 
     def treat_one(unit: Unit) -> Done:
+        if unit.name in made:
+            return made[unit.name]
         weight = weights[unit.name + ".weight"].detach().reshape(unit.rows, -1)
         check_finite(unit, weight)
         choice = choices[unit.name]

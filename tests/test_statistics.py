@@ -211,6 +211,12 @@ class Tied(nn.Module):
 TOKENS = torch.tensor([[1, 2, 1, 8, 0], [2, 2, 2, 3, 8], [5, 1, 0, 0, 1]])
 
 
+def hedged(values):
+    """A quarter of what is to come may be of another kind: the same list by its roots."""
+    roots = np.sqrt(values)
+    return 0.75 * values + 0.25 * values.sum() * roots / roots.sum()
+
+
 def test_a_tied_weight_has_one_curvature_for_each_use():
     module = Tied()
     units, found = gather(module, [{"tokens": TOKENS}], "language")
@@ -225,7 +231,7 @@ def test_a_tied_weight_has_one_curvature_for_each_use():
     counts = np.bincount(TOKENS.flatten(), minlength=9)
     with torch.no_grad():
         answers = module(TOKENS).softmax(-1).double().mean((0, 1)).numpy()
-    assert np.allclose(looked_up.rows, 0.5 * (counts / 15 + answers), **CLOSE)
+    assert np.allclose(looked_up.rows, hedged(0.5 * (counts / 15 + answers)), **CLOSE)
     g = np.concatenate([p["head"][2] for p in parts])
     assert np.allclose(read.rows[0], g.T @ g / 15, **CLOSE)
     assert np.allclose(read.second[0], weighted_moment(parts[1:2], "head"), **CLOSE)
@@ -261,7 +267,8 @@ def test_the_rows_of_an_answer_too_many_for_a_matrix_are_exact(monkeypatch):
     _, found = gather(module, [{"inputs": x}])
     with torch.no_grad():
         p = module(x).softmax(-1).double()
-    assert np.allclose(found.curvatures["2"][0].rows, (p * (1 - p)).mean(0), **CLOSE)
+    expected = hedged((p * (1 - p)).mean(0).numpy())
+    assert np.allclose(found.curvatures["2"][0].rows, expected, **CLOSE)
     g = np.array([part["0"][2] for part in by_hand(module, x)])
     assert np.allclose(found.curvatures["0"][0].rows, (g**2).mean(0), **CLOSE)
 

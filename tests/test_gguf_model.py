@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import GEMMA, LLAMA, random_model, state_of, write_gguf
 
-from attar import pipeline, writing
+from attar import pipeline
 from attar.cli import main
-from attar.errors import ModelError, PlanError, SettingError
-from attar.export import gguf_model
+from attar.errors import ModelError, OutputError, PlanError, SettingError
+from attar.export import attar_folder, gguf_model
 from attar.gguf_names import FAMILIES, gguf_name, transformers_name
 from attar.load.gguf_file import read_gguf
 from attar.load.gguf_model import read_gguf_model
@@ -119,6 +119,10 @@ def test_a_folder_with_a_gguf_file_is_replaced_only_when_asked(compressed, sourc
     typed = ["compress", str(source), "--size", "70%", "--to", "gguf", "--out", str(compressed[1])]
     assert main(typed) == 2
     assert "--force" in capsys.readouterr().err
+    # And then by any of Attar's forms, but not where a file of another name lies.
+    attar_folder.check_output(compressed[1], force=True)
+    with pytest.raises(OutputError, match="not a folder that Attar wrote"):
+        attar_folder.check_output(source.parent, force=True)
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(source, text, tmp_path):
@@ -146,8 +150,3 @@ def test_a_plan_with_a_treatment_llama_cpp_does_not_know_is_refused(compressed, 
     edited.write_text(plan.replace(first, line))
     with pytest.raises(PlanError, match="does not know"):
         pipeline.apply_plan_file(edited, tmp_path / "out", recipe=Recipe(""))
-
-
-def test_forms_are_named_by_the_file_in_their_folder():
-    assert writing.check_form(Recipe("x")) == "attar.json"
-    assert writing.check_form(Recipe("x", to="gguf")) == "model.gguf"

@@ -40,6 +40,7 @@ from attar.records import (
 from attar.report.html import report_to_html
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import build_transform, materialise
+from attar.writing import check_form
 
 Arrays = str | Path | Tensor | Mapping[str, Any] | None
 """A file or folder, the model's first input as one tensor, named inputs, or the default data."""
@@ -279,21 +280,25 @@ def compress(
     data: Arrays = None,
     keep: Sequence[str] = (),
     seed: int = 0,
+    to: str = "attar",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Do all of it, and write the model with its report to a folder.
 
     Args:
+        to: "gguf" writes one file that llama.cpp runs.
         model: From `load`, or what `load` takes.
         force: Replace what an earlier run wrote to `out`.
 
     Raises:
         AttarError: What was found and what to do instead; nothing is written then.
     """
+    recipe = Recipe(model="", size=size, keep=tuple(keep), seed=seed, to=to)
+    check_form(recipe)
     check_output(Path(out), force=force)
     opened = model if isinstance(model, Model) else load(model)
-    recipe = Recipe(model=opened.name, size=size, keep=tuple(keep), seed=seed)
+    recipe = replace(recipe, model=opened.name)
     return pipeline.compress_session(_open(recipe, opened, data, progress), Path(out))
 
 

@@ -39,7 +39,8 @@ def compress(
     Raises:
         AttarError: What was found and what to type instead; nothing is written then.
     """
-    attar_folder.check_output(out, force=force, holds=writing.check_form(recipe))
+    writing.check_form(recipe)
+    attar_folder.check_output(out, force=force)
     return compress_session(open_recipe(recipe, progress), out)
 
 
@@ -130,7 +131,7 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Ses
 
 def frontier(recipe: Recipe, out: Path, *, force: bool, progress: Progress | None) -> Frontier:
     """Price once, and write what the least damage is at every size, as a page and as JSON."""
-    attar_folder.check_output(out, force=force, holds=FRONTIER_FILE, option="--frontier")
+    attar_folder.check_output(out, force=force, holds=(FRONTIER_FILE,), option="--frontier")
     session = open_recipe(recipe, progress)
     check_keep(session.units, recipe.keep)
     statistics = decide.explain(session)

@@ -30,17 +30,16 @@ BYTES_PER_TENSOR = 90
 FORMS = ("attar", "gguf")
 
 
-def check_form(recipe: Recipe) -> str:
-    """Give the file by which a folder of this form is known.
+def check_form(recipe: Recipe) -> None:
+    """Refuse a form that is not written here.
 
     Raises:
-        SettingError: There is no such form.
+        SettingError: With those that are.
     """
     if recipe.to not in FORMS:
         raise SettingError(
             f"there is no form {recipe.to!r} to write.", hint=f"use --to {' or --to '.join(FORMS)}."
         )
-    return gguf_model.FILE if recipe.to == "gguf" else attar_folder.DESCRIPTION
 
 
 def check_model(session: Session) -> None:

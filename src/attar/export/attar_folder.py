@@ -14,7 +14,7 @@ import json
 import lzma
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,8 @@ from torch import Tensor
 from attar.errors import OutputError
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "attar.json"
+# Files by one of which a folder is known as Attar's: its own, or one with a file for llama.cpp.
+KNOWN_BY = (DESCRIPTION, "model.gguf")
 # Below this, compressing a file saves less than a disk block.
 COMPRESS_FROM_BYTES = 4096
 
@@ -61,12 +63,12 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def check_output(
-    folder: Path, *, force: bool, holds: str = DESCRIPTION, option: str = "--out"
+    folder: Path, *, force: bool, holds: Sequence[str] = KNOWN_BY, option: str = "--out"
 ) -> None:
     """Refuse an output folder before any work is done for it.
 
     Args:
-        holds: The file by which a folder is known as one that may be replaced.
+        holds: Files by any of which a folder is known as one that may be replaced.
         option: Where the folder was named.
 
     Raises:
@@ -76,7 +78,8 @@ def check_output(
     if folder.exists():
         if not force:
             raise OutputError(f"{folder} exists.", hint=f"choose another {option}, or add --force.")
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / holds).exists()):
+        known = folder.is_dir() and any((folder / name).exists() for name in holds)
+        if not known and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputError(
                 f"{folder} is not a folder that Attar wrote, so --force does not replace it.",
                 hint=f"choose another {option}.",

@@ -1,0 +1,144 @@
+"""Draw what `equal_bytes.py` stored, and print it as a table.
+
+    bench/equal_bytes_picture.py           writes docs/equal_bytes.svg; prints Markdown
+
+One panel for each model: bits per parameter of everything shipped against divergence from the
+original, both of the same judge. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from xml.sax.saxutils import escape
+
+from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at
+from results_file import ROOT, Table, number
+
+PICTURE = ROOT / "docs" / "equal_bytes.svg"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 380, 70, 170, 40, 50
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+COLOURS = {
+    ATTAR: "#0072b2",
+    ATTAR_GGUF: "#56b4e9",
+    "llama_cpp": "#d55e00",
+    "auto_round": "#009e73",
+    "llm_compressor": "#cc79a7",
+    "hqq": "#e69f00",
+    "quanto": "#666666",
+}
+NAMES = {
+    ATTAR: "Attar",
+    ATTAR_GGUF: "Attar, GGUF",
+    "llama_cpp": "llama.cpp, imatrix",
+    "auto_round": "AutoRound",
+    "llm_compressor": "llm-compressor GPTQ",
+    "hqq": "HQQ",
+    "quanto": "quanto",
+}
+WORST = 3.0  # nats beyond which a model is of no use: not drawn
+
+Points = Mapping[str, Sequence[Point]]
+
+
+def points_of(rows: Sequence[Mapping[str, str]], model: str) -> dict[str, list[Point]]:
+    """Points of every tool, smallest first."""
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        if row["model"] == model:
+            point = (number(row, "bits_per_parameter"), number(row, "divergence"))
+            found.setdefault(row["tool"], []).append(point)
+    return {tool: sorted(found[tool]) for tool in NAMES if tool in found}
+
+
+def draw(panels: Mapping[str, Points]) -> str:
+    """All panels, one below the other."""
+    height = HEIGHT * len(panels)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+    ]
+    for place, (model, points) in enumerate(panels.items()):
+        parts.append(f'<g transform="translate(0 {place * HEIGHT})">')
+        parts += [*panel(model, points), "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def panel(model: str, points: Points) -> list[str]:
+    shown = {tool: [p for p in of if p[1] <= WORST] for tool, of in points.items()}
+    every = [point for of in shown.values() for point in of]
+    low = math.floor(math.log10(min(d for _, d in every)))
+    high = math.ceil(math.log10(max(d for _, d in every)))
+    first, last = math.floor(min(b for b, _ in every)), math.ceil(max(b for b, _ in every))
+
+    def x(bits: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * (bits - first) / (last - first), 1)
+
+    def y(nats: float) -> float:
+        share = (high - math.log10(nats)) / max(1, high - low)
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * share, 1)
+
+    floor = HEIGHT - BOTTOM
+    parts = [f'<text x="{LEFT}" y="22" font-weight="bold">{escape(model)}</text>']
+    for power in range(low, high + 1):
+        at_power = y(10.0**power)
+        parts += [
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_power}" y2="{at_power}" '
+            'stroke="#ddd"/>',
+            f'<text x="{LEFT - 8}" y="{at_power + 4}" text-anchor="end">{10.0**power:g}</text>',
+        ]
+    for bits in range(first, last + 1):
+        parts.append(f'<text x="{x(bits)}" y="{floor + 18}" text-anchor="middle">{bits}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(
+        f'<text x="{middle}" y="{floor + 38}" text-anchor="middle">'
+        "bits per parameter, everything shipped</text>"
+    )
+    parts.append(
+        f'<text transform="translate(18 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle">'
+        "divergence, nats</text>"
+    )
+    for line, (tool, of) in enumerate((t, of) for t, of in shown.items() if of):
+        colour = COLOURS[tool]
+        path = " ".join(f"{x(b)},{y(d)}" for b, d in of)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x(b)}" cy="{y(d)}" r="4" fill="{colour}"/>' for b, d in of]
+        beside = WIDTH - RIGHT + 14
+        parts += [
+            f'<circle cx="{beside}" cy="{TOP + 22 * line}" r="5" fill="{colour}"/>',
+            f'<text x="{beside + 12}" y="{TOP + 22 * line + 5}">{NAMES[tool]}</text>',
+        ]
+    return parts
+
+
+def table(model: str, points: Points) -> str:
+    """Attar beside the best peer at every target, as Markdown."""
+    lines = [
+        f"| {model}, bits per parameter | Attar | best peer there | ratio |",
+        "|---|---|---|---|",
+    ]
+    peers = {tool: of for tool, of in points.items() if not tool.startswith(ATTAR)}
+    for bits in BITS:
+        best = min(peers, key=lambda tool: at(peers[tool], bits))
+        own, other = at(points[ATTAR], bits), at(peers[best], bits)
+        smallest = min(b for b, _ in peers[best])
+        note = f" (its smallest: {smallest:.2f} bits)" if smallest > bits else ""
+        lines.append(
+            f"| {bits:g} | {own:.3g} | {other:.3g}, {NAMES[best]}{note} | {own / other:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    rows = Table("equal_bytes").rows
+    panels = {model: points_of(rows, model) for model in dict.fromkeys(r["model"] for r in rows)}
+    panels = {m: p for m, p in panels.items() if ATTAR in p and len(p) > 1}
+    PICTURE.write_text(draw(panels), encoding="utf-8")
+    for model, points in panels.items():
+        print(table(model, points), end="\n\n")
+    print(f"written: {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

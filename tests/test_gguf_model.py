@@ -6,6 +6,7 @@ import random
 import gguf
 import pytest
 import torch
+import xllamacpp
 from tiny_models import GEMMA, LLAMA, random_model, state_of, write_gguf
 
 from attar import pipeline
@@ -13,6 +14,7 @@ from attar.cli import main
 from attar.errors import ModelError, OutputError, PlanError, SettingError
 from attar.export import attar_folder, gguf_model
 from attar.gguf_names import FAMILIES, gguf_name, transformers_name
+from attar.inputs import read_tokenizer
 from attar.load.gguf_file import read_gguf
 from attar.load.gguf_model import read_gguf_model
 from attar.load.model import load_model
@@ -150,3 +152,25 @@ def test_a_plan_with_a_treatment_llama_cpp_does_not_know_is_refused(compressed, 
     edited.write_text(plan.replace(first, line))
     with pytest.raises(PlanError, match="does not know"):
         pipeline.apply_plan_file(edited, tmp_path / "out", recipe=Recipe(""))
+
+
+def test_llama_cpp_gives_the_same_answers(compressed):
+    """It rounds activations to 8 bits and keeps keys and values in 16, so nearly the same."""
+    path, prompt = compressed[1] / gguf_model.FILE, "the 12 cab of the"
+    wanted = xllamacpp.CommonParams()
+    wanted.model.path = str(path)
+    wanted.n_ctx, wanted.cpuparams.n_threads = 64, 1
+    server = xllamacpp.Server(wanted)
+    asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 50}
+    (found,) = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+    model = load_model(str(path))
+    tokens = read_tokenizer(model.files).encode(prompt).ids
+    with torch.no_grad():
+        outputs = model.task.forward(model.module, {"tokens": torch.tensor([tokens])})
+    expected = outputs[0, -1].log_softmax(-1)
+    theirs = {one["id"]: one["logprob"] for one in found["top_logprobs"]}
+    assert len(theirs) >= 50
+    ours = {number: float(expected[number]) for number in theirs}
+    assert max(abs(ours[number] - theirs[number]) for number in ours) < 0.1
+    # Another order of rows, or another vocabulary, would be off by nats.
+    assert float(expected.max() - expected.min()) > 2

@@ -27,7 +27,10 @@ REFERENCE_SHARE_OF_SEQUENCES = 0.25
 # Bits at which feedback between rows is compared with none, range coded, or of fixed width.
 GAIN_BITS, GAIN_FIXED_BITS = 3, 4
 # Treatments whose errors cancel over what they were fitted to.
-FEEDS_BACK = ("quantize_feedback", "quantize_entropy", "quantize_levels", "quantize_llama")
+FEEDS_BACK = (
+    *("quantize_feedback", "quantize_entropy", "quantize_levels", "quantize_llama"),
+    "quantize_low_rank",
+)
 
 
 def price_change(unit: Unit, change: Tensor, statistics: Statistics, treatment: str) -> float:

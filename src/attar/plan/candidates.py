@@ -22,6 +22,7 @@ LLAMA_TYPES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
 )
+LOW_RANK = 4
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
@@ -54,7 +55,16 @@ def menu(unit: Unit, build: Build, *, by_worth: bool) -> list[Treatment]:
         for size in sizes  # neighbours of one size are rounded together
         for bits in ((2, 3, 4, 5, 6, 8) if size == sizes[-1] else (2, 3, 4))
     ]
-    return [*quantized, *_zeroed(unit), KEEP]
+    return [*quantized, *_corrected(unit, sizes[-1], build), *_zeroed(unit), KEEP]
+
+
+def _corrected(unit: Unit, size: int, build: Build) -> list[Treatment]:
+    """Few bits with a correction of low rank, where that is smaller than the weight."""
+    corrected: list[Treatment] = [
+        ("quantize_low_rank", {"bits": bits, "group_size": size, "rank": LOW_RANK})
+        for bits in (3, 4)
+    ]
+    return [one for one in corrected if build(*one).rejects(unit) is None]
 
 
 def llama_menu(unit: Unit, build: Build) -> list[Treatment]:

@@ -7,6 +7,7 @@ from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
 from attar.transform.quantize_levels import QuantizeLevels
 from attar.transform.quantize_llama import QuantizeLlama
+from attar.transform.quantize_low_rank import QuantizeLowRank
 from attar.transform.quantize_rtn import QuantizeRtn
 from attar.transform.zero_n_m import ZeroNM
 from attar.transform.zero_unstructured import ZeroUnstructured
@@ -17,6 +18,7 @@ TRANSFORMS: dict[str, type[Any]] = {
     "quantize_feedback": QuantizeFeedback,
     "quantize_levels": QuantizeLevels,
     "quantize_llama": QuantizeLlama,
+    "quantize_low_rank": QuantizeLowRank,
     "quantize_rtn": QuantizeRtn,
     "zero_n_m": ZeroNM,
     "zero_unstructured": ZeroUnstructured,

@@ -12,8 +12,8 @@ float32 rounding. It does one tile after the other, whose far effects are matrix
 Source: Babai 1986, On Lovász' lattice reduction and the nearest lattice point problem,
 https://doi.org/10.1007/BF02579403, whose nearest plane this is for the lattice of R ⊗ C; with C
 alone it is GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323, algorithm 1). Both sides at
-once as in Tseng et al. 2025, Model-preserving adaptive rounding, https://arxiv.org/abs/2505.22988,
-section 3. They round blocks, by a trellis; we round single weights, to any grid.
+once as in Tseng et al. 2025, Model-preserving adaptive rounding, https://arxiv.org/abs/2505.22988.
+They round blocks, by a trellis; we round single weights, to any grid.
 """
 
 from __future__ import annotations

@@ -17,7 +17,10 @@ Source: Gish and Pierce 1968, Asymptotically efficient quantizing,
 https://doi.org/10.1109/TIT.1968.1054193 (uniform steps with entropy coding lie 0.25 bits above what
 is possible at all); error feedback as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323,
 algorithm 1; water-filling as in Cover and Thomas 2006, Elements of Information Theory, section
-10.3.3. The stored form is in `coded.py`.
+10.3.3. To spend a named size by rate and distortion is also the aim of CVXQ (Young 2024,
+https://arxiv.org/abs/2409.02026); there groups get whole bits and the size is met by dual ascent,
+here steps are of any size, codes are range coded, and sizes are searched and weighed. The stored
+form is in `coded.py`.
 """
 
 from __future__ import annotations

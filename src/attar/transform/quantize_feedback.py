@@ -5,7 +5,7 @@ rounding one weight after the other and moving its error onto those not yet roun
 (`kernels/feedback.py`); where R is not known, rows do not depend on each other.
 
 Source: Frantar et al. 2023, GPTQ, https://arxiv.org/abs/2210.17323, eq. 2 and algorithm 1; both
-sides as in Tseng et al. 2025, https://arxiv.org/abs/2505.22988, section 3.
+sides as in Tseng et al. 2025, https://arxiv.org/abs/2505.22988.
 We differ in three ways. Columns and rows are rounded in order of a falling diagonal, so that the
 dearest round while there are most left to make good for them. The ranges of all groups are fixed
 beforehand on the original weight and searched for the least weighted error (`groups.find_scales`),

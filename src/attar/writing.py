@@ -72,7 +72,7 @@ def _gguf(session: Session, units: Mapping[str, gguf_model.Stored]) -> dict[str,
     # llama.cpp computes with norms in float32, and they weigh little.
     kept = {left.name: gguf_model.Stored(state[left.name]) for left in session.units.leftovers}
     return gguf_model.file_contents(
-        {**units, **kept}, model.architecture.config, model.files, model.name
+        {**units, **kept}, model.architecture.config, model.files, model.name, model.licence
     )
 
 

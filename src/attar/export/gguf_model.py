@@ -77,7 +77,11 @@ def _refusal(config: Mapping[str, Any], files: Mapping[str, bytes]) -> str | Non
 
 
 def file_contents(
-    tensors: Mapping[str, Stored], config: Mapping[str, Any], files: Mapping[str, bytes], name: str
+    tensors: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    name: str,
+    licence: str = "unknown",
 ) -> dict[str, bytes]:
     """Make the file in memory, so that it can be weighed before it is written.
 
@@ -96,6 +100,8 @@ def file_contents(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         writer = gguf.GGUFWriter(path, architecture)
+        writer.add_name(name)
+        writer.add_license(licence)
         for key, value in {
             **_described(config, architecture),
             **_vocabulary(config, files),

@@ -164,6 +164,7 @@ def test_llama_cpp_gives_the_same_answers(compressed):
     server = xllamacpp.Server(wanted)
     asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 50}
     (found,) = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+    del server  # it says goodbye, and should not after pytest's last line
     model = load_model(str(path))
     tokens = read_tokenizer(model.files).encode(prompt).ids
     with torch.no_grad():

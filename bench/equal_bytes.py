@@ -5,8 +5,8 @@ of its own (`bench/peers/NAME`), and one judge compares what it wrote, decoded, 
 Bytes are all that the tool's user must ship: weights, scales, and the tokenizer.
 
 A target is a number of bits per parameter of the whole file. A peer's divergence there is
-interpolated between its two nearest points (the logarithm of the divergence against the bytes);
-where its smallest point is larger, that point stands for it, which only flatters the peer.
+interpolated between its two nearest points (the logarithm of the divergence against the bytes).
+Where its smallest point is larger by more than 2%, it has none there.
 
     bench/equal_bytes.py --models smollm2-0:attar,smollm2-0:hqq
 """
@@ -33,6 +33,8 @@ from results_file import Bench, Finding, Options, Row, main, number
 BITS = (2.25, 2.5, 3.0, 3.5, 4.5, 6.0)
 OF_BEST_PEER = 0.6
 PREDICTED_WITHIN = 1.5
+# A point at most so much larger stands for one of the bytes asked for.
+WITHIN = 1.02
 
 JUDGE = Path(__file__).with_name("equal_bytes_judge.py")
 
@@ -219,19 +221,25 @@ Point = tuple[float, float]
 """Bits per parameter, and divergence."""
 
 
-def at(points: Sequence[Point], bits: float) -> float:
-    """Divergence of a tool at so many bits; NaN where it has no point at or near them.
-
-    Points that a smaller one of the same tool beats are left out.
-    """
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """Points that no smaller one of the same tool beats, smallest first."""
     front: list[Point] = []
     for point in sorted(points):
         if not front or point[1] < front[-1][1]:
             front.append(point)
+    return front
+
+
+def at(points: Sequence[Point], bits: float) -> float:
+    """Divergence of a tool at so many bits; NaN where all its points are larger.
+
+    Points that a smaller one of the same tool beats are left out; beyond the largest, it stands.
+    """
+    front = front_of(points)
     if not front:
         return math.nan
     if bits <= front[0][0]:
-        return front[0][1]
+        return front[0][1] if front[0][0] <= bits * WITHIN else math.nan
     for (b0, d0), (b1, d1) in pairwise(front):
         if b0 <= bits <= b1:
             share = (bits - b0) / (b1 - b0)
@@ -271,6 +279,7 @@ def check_model(name: str, points: Mapping[str, Sequence[Point]]) -> list[Findin
     findings = []
     for bits in BITS:
         peers = {tool: at(of, bits) for tool, of in points.items() if not tool.startswith(ATTAR)}
+        peers = {tool: nats for tool, nats in peers.items() if not math.isnan(nats)}
         if ATTAR in points and peers:
             best = min(peers, key=lambda tool: peers[tool])
             share = at(points[ATTAR], bits) / peers[best]

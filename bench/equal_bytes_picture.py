@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at
+from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at, front_of
 from results_file import ROOT, Table, number
 
 PICTURE = ROOT / "docs" / "equal_bytes.svg"
@@ -101,7 +101,7 @@ def panel(model: str, points: Points) -> list[str]:
     )
     for line, (tool, of) in enumerate((t, of) for t, of in shown.items() if of):
         colour = COLOURS[tool]
-        path = " ".join(f"{x(b)},{y(d)}" for b, d in of)
+        path = " ".join(f"{x(b)},{y(d)}" for b, d in front_of(of))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(b)}" cy="{y(d)}" r="4" fill="{colour}"/>' for b, d in of]
         beside = WIDTH - RIGHT + 14
@@ -120,13 +120,16 @@ def table(model: str, points: Points) -> str:
     ]
     peers = {tool: of for tool, of in points.items() if not tool.startswith(ATTAR)}
     for bits in BITS:
-        best = min(peers, key=lambda tool: at(peers[tool], bits))
-        own, other = at(points[ATTAR], bits), at(peers[best], bits)
-        smallest = min(b for b, _ in peers[best])
-        note = f" (its smallest: {smallest:.2f} bits)" if smallest > bits else ""
-        lines.append(
-            f"| {bits:g} | {own:.3g} | {other:.3g}, {NAMES[best]}{note} | {own / other:.2f} |"
-        )
+        own = at(points[ATTAR], bits)
+        there = {tool: nats for tool, of in peers.items() if not math.isnan(nats := at(of, bits))}
+        if math.isnan(own):
+            continue
+        if not there:
+            lines.append(f"| {bits:g} | {own:.3g} | none is that small | |")
+            continue
+        best = min(there, key=lambda tool: there[tool])
+        ratio = own / there[best]
+        lines.append(f"| {bits:g} | {own:.3g} | {there[best]:.3g}, {NAMES[best]} | {ratio:.2f} |")
     return "\n".join(lines)
 
 

@@ -247,6 +247,12 @@ def at(points: Sequence[Point], bits: float) -> float:
     return front[-1][1]
 
 
+def own_at(points: Sequence[Point], bits: float) -> float:
+    """Attar's divergence with at most so many bits and hardly fewer; NaN where not run."""
+    near = [nats for own, nats in points if bits / WITHIN <= own <= bits]
+    return min(near, default=math.nan)
+
+
 def check(rows: list[dict[str, str]]) -> list[Finding]:
     findings = []
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -282,7 +288,7 @@ def check_model(name: str, points: Mapping[str, Sequence[Point]]) -> list[Findin
         peers = {tool: nats for tool, nats in peers.items() if not math.isnan(nats)}
         if ATTAR in points and peers:
             best = min(peers, key=lambda tool: peers[tool])
-            share = at(points[ATTAR], bits) / peers[best]
+            share = own_at(points[ATTAR], bits) / peers[best]
             what = f"{name}, {bits} bits: divergence over that of the best peer, {best}"
             findings.append(Finding(what, share, at_most=OF_BEST_PEER))
     return findings

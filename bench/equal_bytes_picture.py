@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at, front_of
+from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at, front_of, own_at
 from results_file import ROOT, Table, number
 
 PICTURE = ROOT / "docs" / "equal_bytes.svg"
@@ -120,7 +120,7 @@ def table(model: str, points: Points) -> str:
     ]
     peers = {tool: of for tool, of in points.items() if not tool.startswith(ATTAR)}
     for bits in BITS:
-        own = at(points[ATTAR], bits)
+        own = own_at(points[ATTAR], bits)
         there = {tool: nats for tool, of in peers.items() if not math.isnan(nats := at(of, bits))}
         if math.isnan(own):
             continue

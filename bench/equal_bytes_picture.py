@@ -9,7 +9,7 @@ original, both of the same judge. Nothing is measured here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from xml.sax.saxutils import escape
 
 from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at, front_of, own_at
@@ -65,7 +65,11 @@ def draw(panels: Mapping[str, Points]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+Place = Callable[[float], float]
+
+
 def panel(model: str, points: Points) -> list[str]:
+    """Scales and curves of one model."""
     shown = {tool: [p for p in of if p[1] <= WORST] for tool, of in points.items()}
     every = [point for of in shown.values() for point in of]
     low = math.floor(math.log10(min(d for _, d in every)))
@@ -79,32 +83,38 @@ def panel(model: str, points: Points) -> list[str]:
         share = (high - math.log10(nats)) / max(1, high - low)
         return round(TOP + (HEIGHT - TOP - BOTTOM) * share, 1)
 
-    floor = HEIGHT - BOTTOM
-    parts = [f'<text x="{LEFT}" y="22" font-weight="bold">{escape(model)}</text>']
-    for power in range(low, high + 1):
+    title = f'<text x="{LEFT}" y="22" font-weight="bold">{escape(model)}</text>'
+    scales = _scales(range(first, last + 1), range(low, high + 1), x, y)
+    return [title, *scales, *_curves(shown, x, y)]
+
+
+def _scales(bits: range, powers: range, x: Place, y: Place) -> list[str]:
+    parts, floor, middle = [], HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
+    for power in powers:
         at_power = y(10.0**power)
         parts += [
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_power}" y2="{at_power}" '
             'stroke="#ddd"/>',
             f'<text x="{LEFT - 8}" y="{at_power + 4}" text-anchor="end">{10.0**power:g}</text>',
         ]
-    for bits in range(first, last + 1):
-        parts.append(f'<text x="{x(bits)}" y="{floor + 18}" text-anchor="middle">{bits}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
+    for bit in bits:
+        parts.append(f'<text x="{x(bit)}" y="{floor + 18}" text-anchor="middle">{bit}</text>')
+    parts += [
         f'<text x="{middle}" y="{floor + 38}" text-anchor="middle">'
-        "bits per parameter, everything shipped</text>"
-    )
-    parts.append(
+        "bits per parameter, everything shipped</text>",
         f'<text transform="translate(18 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle">'
-        "divergence, nats</text>"
-    )
+        "divergence, nats</text>",
+    ]
+    return parts
+
+
+def _curves(shown: Points, x: Place, y: Place) -> list[str]:
+    parts, beside = [], WIDTH - RIGHT + 14
     for line, (tool, of) in enumerate((t, of) for t, of in shown.items() if of):
         colour = COLOURS[tool]
         path = " ".join(f"{x(b)},{y(d)}" for b, d in front_of(of))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(b)}" cy="{y(d)}" r="4" fill="{colour}"/>' for b, d in of]
-        beside = WIDTH - RIGHT + 14
         parts += [
             f'<circle cx="{beside}" cy="{TOP + 22 * line}" r="5" fill="{colour}"/>',
             f'<text x="{beside + 12}" y="{TOP + 22 * line + 5}">{NAMES[tool]}</text>',

@@ -141,6 +141,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(source, text, tmp_pat
     }
     with pytest.raises(ModelError, match="by a rule"):
         gguf_model.check_model(LLAMA, {"tokenizer.json": json.dumps(tokenizer).encode()}, "b")
+    with pytest.raises(SettingError, match="no form 'onnx'"):
+        pipeline.plan(Recipe(str(source), "70%", data=str(text), to="onnx", audit=64, recovery=64))
     assert not (tmp_path / "x").exists()
 
 

@@ -15,8 +15,8 @@ from attar.audit.verdict import judge, with_details
 from attar.decide import Decided
 from attar.errors import DataError
 from attar.explain.statistics import STREAMS, samples_at_once, statistics_bytes
-from attar.export import gguf_model
 from attar.export.run import class_names, continue_text
+from attar.gguf_names import FILE as GGUF_FILE
 from attar.inputs import read_tokenizer
 from attar.load.folder import load_folder, read_folder
 from attar.load.model import load_model
@@ -50,7 +50,7 @@ def forecast_memory(session: Session) -> int:
 def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:
     """Load what was written as a stranger would, and compare it with the original."""
     if session.recipe.to == "gguf":
-        return judge_compressed(session, load_model(str(folder / gguf_model.FILE)), decided)
+        return judge_compressed(session, load_model(str(folder / GGUF_FILE)), decided)
     code = None
     if session.model.architecture.builder == "factory":
         code = session.model.module

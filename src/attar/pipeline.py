@@ -69,6 +69,7 @@ def apply_plan_file(
     """Do what a plan.yaml says, edited or not, without deciding again."""
     attar_folder.check_output(out, force=force)
     plan, session = open_plan(path, recipe, progress)
+    writing.check_model(session)
     forecast = judging.forecast_memory(session)
     statistics = decide.explain(session)
     scores = score_all(session, statistics)
@@ -122,6 +123,7 @@ def _finish(
 
 def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Session]:
     """Decide only. The plan of the result can be written, edited and applied."""
+    writing.check_form(recipe)
     session = open_recipe(recipe, progress)
     check_wishes(session)
     statistics = decide.explain(session)
@@ -131,8 +133,10 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Ses
 
 def frontier(recipe: Recipe, out: Path, *, force: bool, progress: Progress | None) -> Frontier:
     """Price once, and write what the least damage is at every size, as a page and as JSON."""
+    writing.check_form(recipe)
     attar_folder.check_output(out, force=force, holds=(FRONTIER_FILE,), option="--frontier")
     session = open_recipe(recipe, progress)
+    writing.check_model(session)
     check_keep(session.units, recipe.keep)
     statistics = decide.explain(session)
     made = decide.frontier(session, decide.price(session, statistics), statistics)

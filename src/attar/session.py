@@ -19,6 +19,7 @@ from attar import cost
 from attar.divergence import Divergence, fit_gaussian
 from attar.errors import ModelError
 from attar.explain.statistics import gather_statistics
+from attar.gguf_names import FILE as GGUF_FILE
 from attar.load.data import DataSizes, load_data
 from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
@@ -168,8 +169,8 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
             f"--degrid rescales language models, and {recipe.model} cannot be rescaled.",
             hint="leave --degrid out.",
         )
-    if (path / "model.gguf").is_file() and not is_attar_folder(path):
-        recipe = replace(recipe, model=str(path / "model.gguf"))
+    if (path / GGUF_FILE).is_file() and not is_attar_folder(path):
+        recipe = replace(recipe, model=str(path / GGUF_FILE))
     if is_attar_folder(path):
         code = load_model(recipe.factory, task=recipe.task).module if recipe.factory else None
         return load_folder(read_folder(path, build_transform), code)

@@ -43,11 +43,12 @@ def check_form(recipe: Recipe) -> None:
 
 
 def check_model(session: Session) -> None:
-    """Refuse a model that the form cannot hold, before long work.
+    """Refuse a form, or a model that it cannot hold, before long work.
 
     Raises:
-        ModelError: With the reason.
+        AttarError: With the reason.
     """
+    check_form(session.recipe)
     if session.recipe.to == "gguf":
         model = session.model
         gguf_model.check_model(model.architecture.config, model.files, model.name)

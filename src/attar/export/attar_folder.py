@@ -25,10 +25,11 @@ import safetensors.torch
 from torch import Tensor
 
 from attar.errors import OutputError
+from attar.gguf_names import FILE as GGUF_FILE
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "attar.json"
 # Files by one of which a folder is known as Attar's: its own, or one with a file for llama.cpp.
-KNOWN_BY = (DESCRIPTION, "model.gguf")
+KNOWN_BY = (DESCRIPTION, GGUF_FILE)
 # Below this, compressing a file saves less than a disk block.
 COMPRESS_FROM_BYTES = 4096
 

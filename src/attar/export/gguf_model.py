@@ -26,6 +26,7 @@ from attar.gguf_names import (
     BYTE,
     CONTROL,
     FAMILIES,
+    FILE,
     NORMAL,
     PRE_TOKENIZERS,
     SPACE,
@@ -35,7 +36,6 @@ from attar.gguf_names import (
     gguf_name,
 )
 
-FILE = "model.gguf"
 # "Guessed": llama.cpp reads the type of each tensor.
 MIXED_FILE_TYPE, QUANTIZATION_VERSION = 1024, 2
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}

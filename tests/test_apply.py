@@ -1,5 +1,7 @@
 """Carrying a plan out: what is stored, what the receipt says, what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,14 +47,16 @@ def nothing(unit):
     return None, None
 
 
-def applied(module, choices=CHOICES, known=nothing, price=lambda unit, change: 0.0):
+def applied(
+    module, choices=CHOICES, known=nothing, price=lambda unit, change: (0.0, None), units=UNITS
+):
     return apply_choices(
         module,
-        UNITS,
+        units,
         choices,
         known=known,
         price=price,
-        for_each=lambda work: map(work, UNITS),
+        for_each=lambda work: map(work, units),
         progress=Silent(),
         made={},
     )
@@ -69,7 +73,7 @@ def test_an_unknown_treatment_or_setting_is_refused_with_those_there_are():
 
 def test_the_receipt_says_what_was_stored_and_at_what_price():
     module = net()
-    treated, receipt = applied(module, price=lambda unit, change: float(change.abs().sum()))
+    treated, receipt = applied(module, price=lambda unit, change: (float(change.abs().sum()), None))
     assert [(a.unit, a.treatment) for a in receipt] == [
         ("0", "quantize_rtn"),
         ("2", "quantize_feedback"),
@@ -117,7 +121,7 @@ def test_ties_stay_ties_in_the_copy():
         Units((unit,), ()),
         {"table": choice},
         known=nothing,
-        price=lambda unit, change: 0.0,
+        price=lambda unit, change: (0.0, None),
         for_each=lambda work: map(work, (unit,)),
         progress=Silent(),
         made={},
@@ -171,6 +175,26 @@ def test_what_the_values_do_not_allow_is_an_error_in_its_place():
     assert np.array_equal(whole.dense.numpy(), weight.numpy())
 
 
+def test_a_bias_takes_up_what_the_price_says_in_a_substitution_and_in_a_copy():
+    module, x = net(), random(5, 2, 3, 3)
+    added = random(3, seed=4)
+    units = Units((UNITS.units[0], replace(UNITS.units[1], bias="2.bias")), ())
+
+    def price(unit, change):
+        return 0.0, added if unit.bias else None
+
+    treated, _ = applied(module, price=price, units=units)
+    plain, _ = applied(module)
+    assert treated["0"].bias is None and torch.equal(treated["2"].bias, module[2].bias + added)
+    small = materialise(module, treated)
+    with torch.no_grad(), substituted(module, substitutions(treated)):
+        moved = module(x)
+    with torch.no_grad(), substituted(module, substitutions(plain)):
+        unmoved = module(x)
+    assert torch.allclose(moved, unmoved + added, atol=1e-6)
+    assert torch.equal(moved, small(x)) and torch.equal(small[0].bias, module[0].bias)
+
+
 def test_what_was_made_before_is_not_made_again():
     module = net()
     first, receipt = applied(module)
@@ -179,7 +203,7 @@ def test_what_was_made_before_is_not_made_again():
 
     def price(unit, change):
         calls.append(unit.name)
-        return 0.0
+        return 0.0, None
 
     again, listed = apply_choices(
         module,

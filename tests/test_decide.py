@@ -136,6 +136,22 @@ def test_what_is_predicted_is_of_the_size_of_what_is_measured(case):
     assert 1 / 3 < found.plan.predicted_damage / measured < 3
 
 
+def test_biases_take_the_mean_error_of_their_layer_away_and_are_written_so(classifier, tmp_path):
+    session, found, *_ = classifier
+    small = materialise(session.model.module, found.treated)
+    entered = torch.cat([batch["inputs"] for batch in session.data.calibration])
+    with torch.no_grad():
+        before, after = session.model.module[0](entered), small[0](entered)
+        without = after - small[0].bias + session.model.module[0].bias
+    assert session.units.units[0].bias == "0.bias"
+    # What counts is the mean by gradients; the plain one falls along.
+    left, was = ((one - before).mean(0).norm() for one in (after, without))
+    assert left < 0.75 * was
+    write_files(tmp_path, writing.contents(session, found))
+    loaded = load_folder(read_folder(tmp_path, build_transform), session.model.module).module
+    assert torch.allclose(loaded.get_parameter("0.bias"), small[0].bias, rtol=2e-3, atol=1e-5)
+
+
 def test_what_is_written_answers_as_what_was_measured(llama, tmp_path):
     session, found, *_ = llama
     write_files(tmp_path, writing.contents(session, found))

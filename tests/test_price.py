@@ -10,7 +10,14 @@ from torch import nn
 
 from attar.divergence import Divergence, fit_gaussian
 from attar.explain import statistics as gathering
-from attar.explain.price import damage, of_rows, rounding_moment, row_damage, sample_rows
+from attar.explain.price import (
+    bias_change,
+    damage,
+    of_rows,
+    rounding_moment,
+    row_damage,
+    sample_rows,
+)
 from attar.explain.statistics import gather_statistics
 from attar.load.units import list_units
 from attar.records import Curvature, Silent
@@ -272,3 +279,36 @@ def test_a_weight_of_few_rows_is_priced_whole():
     for rows in (1, 7, 256, 319):
         weight, c = skewed(rows, 1000, diagonal_rows=True)
         assert sample_rows(weight, [c]) is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_with_its_bias_moved_a_change_costs_what_is_left_of_it_and_no_other_move_costs_less(groups):
+    rows, columns = 2, 5
+    c = curvature(groups, rows, columns)
+    x = random(groups, 400, columns, seed=7) + random(groups, 1, columns, seed=8)
+    means = x.mean(1)
+    about = x - means[:, None]
+    cut = about.transpose(1, 2) @ about / x.shape[1]
+    centred = replace(c, first=cut, second=cut, means=means.flatten().expand(2, -1))
+    change = random(groups * rows, columns, seed=9)
+    best = bias_change(change, [centred])
+
+    def left(moved):
+        """1/2 E[(dW x + db)ᵀ R (dW x + db)], group by group."""
+        total = 0.0
+        for group in range(groups):
+            own = slice(group * rows, (group + 1) * rows)
+            dy = x[group].double() @ change[own].double().T + moved[own].double()
+            total += 0.5 * (dy @ c.rows[group].double() * dy).sum(1).mean()
+        return float(total)
+
+    assert damage(change, [centred]) == pytest.approx(left(best), rel=1e-4)
+    for seed in range(5):
+        assert left(best + 0.1 * random(groups * rows, seed=seed)) > left(best)
+
+
+def test_the_bias_of_what_was_rounded_on_one_half_moves_by_that_halfs_mean():
+    c = replace(curvature(1, 3, 4), means=random(2, 4))
+    change = random(3, 4, seed=5)
+    assert torch.allclose(bias_change(change, [c], held_out=True), -change @ c.means[0])
+    assert torch.allclose(bias_change(change, [c]), -change @ c.means.mean(0), atol=1e-6)

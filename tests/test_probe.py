@@ -18,7 +18,10 @@ from attar.sites import substituted
 
 def probed(module, batches, changes, task="classify", divergence=FIXED, draws=1, weights=None):
     model = toys.toy(task, module, examples=batches[0])
-    made = {name: (lambda change=change: change) for name, change in changes.items()}
+    made = {
+        name if name.endswith("bias") else f"{name}.weight": (lambda change=change: change)
+        for name, change in changes.items()
+    }
     given = {"seed": 0, "draws": draws, "progress": Silent(), "weights": weights}
     return probe(model, made, batches, divergence, **given)
 
@@ -63,6 +66,7 @@ def test_an_embeddings_change_meets_the_gradient_where_it_is_looked_up():
 def test_with_one_position_and_one_input_the_two_are_one_and_the_price():
     """Inputs that never change are independent of the gradients, which are not drawn here."""
     module, x = classifier(), random(1, 3).expand(40, 3).clone()
+    module[0].bias = module[2].bias = None  # it would take all of the change away
     batches = [{"inputs": x}]
     model = toys.toy("classify", module, examples={"inputs": x[:2]})
     statistics = gather_statistics(
@@ -133,3 +137,14 @@ def test_with_other_weights_the_price_is_that_at_the_other_point():
     found = probed(module, [{"inputs": x}], {"2": change}, weights=twice)["2"]
     assert found.independent == pytest.approx(expected.independent, rel=1e-5)
     assert found != probed(module, [{"inputs": x}], {"2": change})["2"]
+
+
+def test_a_bias_that_moves_along_is_part_of_the_change():
+    module, x, change, move = classifier(), random(9, 3), random(5, 3), random(5, seed=3)
+    found = probed(module, [{"inputs": x}], {"0": change, "0.bias": move})["0"]
+    total = 0.0
+    for part in by_hand(module, x):
+        entering, _, g = part["0"]
+        dy = change.double().numpy() @ entering + move.double().numpy()
+        total += (dy @ g) ** 2
+    assert found.independent == pytest.approx(0.5 * total / 9, rel=1e-4)

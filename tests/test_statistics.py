@@ -84,13 +84,26 @@ def classifier():
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
 
 
-def weighted_moment(parts, name):
-    """Mean outer product of what enters a map, each counted by its squared gradient."""
+def weighted_mean(parts, *names):
+    """Mean of what enters maps, each counted by its squared gradient."""
     total, mass = 0.0, 0.0
     for part in parts:
-        for x, g in zip(np.atleast_2d(part[name][0]), np.atleast_2d(part[name][2]), strict=True):
-            total = total + (g**2).sum() * np.outer(x, x)
-            mass += (g**2).sum()
+        for name in names:
+            entering, gradients = (np.atleast_2d(part[name][place]) for place in (0, 2))
+            for x, g in zip(entering, gradients, strict=True):
+                total, mass = total + (g**2).sum() * x, mass + (g**2).sum()
+    return total / mass
+
+
+def weighted_moment(parts, *names, about=0.0):
+    """Mean outer product of what enters maps, each counted by its squared gradient."""
+    total, mass = 0.0, 0.0
+    for part in parts:
+        for name in names:
+            entering, gradients = (np.atleast_2d(part[name][place]) for place in (0, 2))
+            for x, g in zip(entering, gradients, strict=True):
+                total = total + (g**2).sum() * np.outer(x - about, x - about)
+                mass += (g**2).sum()
     return total / mass
 
 
@@ -103,8 +116,13 @@ def test_curvature_of_linear_maps_is_what_loops_sum():
         rows = sum(np.outer(p[name][2], p[name][2]) for p in parts) / 7
         # Pieces of four samples go to the first half and the second in turns.
         assert np.allclose(curvature.rows[0], rows, **CLOSE)
-        assert np.allclose(curvature.first[0], weighted_moment(parts[:4], name), **CLOSE)
-        assert np.allclose(curvature.second[0], weighted_moment(parts[4:], name), **CLOSE)
+        # A bias takes the mean error away: that of the first half, on which it is rounded.
+        mean = weighted_mean(parts[:4], name)
+        means = [mean, weighted_mean(parts[4:], name)]
+        assert np.allclose(curvature.means, means, **CLOSE)
+        first, second = (weighted_moment(half, name, about=mean) for half in (parts[:4], parts[4:]))
+        assert np.allclose(curvature.first[0], first, **CLOSE)
+        assert np.allclose(curvature.second[0], second, **CLOSE)
         power = sum(p[name][0] ** 2 for p in parts) / 7
         assert np.allclose(found.column_power[name], power, **CLOSE)
     assert found.n_predictions == 7 and found.n_samples == {"": 7}
@@ -164,15 +182,19 @@ def test_curvature_of_convolutions_is_what_loops_sum_in_each_group(name):
     module, x = Picture(), random(3, 4, 7, 6)
     _, found = gather(module, [{"pixels": x}])
     layer, parts = module.get_submodule(name), by_hand(module, x)
-    columns, rows, n_positions = 0.0, 0.0, 0
+    columns, entered, rows, n_positions = 0.0, 0.0, 0.0, 0
     for part in parts:
         patch = patches_by_loops(layer, part[name][0])
+        entered = entered + patch.sum(1)
         g = part[name][2].reshape(layer.groups, layer.out_channels // layer.groups, -1)
         columns = columns + np.einsum("gpc,gpd->gcd", patch, patch)
         rows = rows + np.einsum("grp,gsp->grs", g, g)
         n_positions += patch.shape[1]
     (curvature,) = found.curvatures[name]
-    assert np.allclose(curvature.columns, columns / n_positions, **CLOSE)
+    mean = entered / n_positions
+    assert np.allclose(curvature.means[0], mean.flatten(), **CLOSE)
+    about_mean = columns / n_positions - np.einsum("gc,gd->gcd", mean, mean)
+    assert np.allclose(curvature.columns, about_mean, **CLOSE)
     # Positions are independent: G is their sum, A their mean, so that damage is per picture.
     assert np.allclose(curvature.rows, rows / 3, **CLOSE)
     power = (columns / n_positions).diagonal(axis1=1, axis2=2).mean(0)
@@ -318,16 +340,25 @@ def test_maps_that_read_one_tensor_share_one_moment():
     assert found.curvatures["attention.o_proj"][0].first is not q.first
     # Pieces of 4 and 1 samples, twice: the first half has the fours.
     halves = [torch.cat([x[:4], x[:4] + 1]), torch.cat([x[4:], x[4:] + 1])]
+    mean = weighted_mean(by_hand(module, halves[0]), *names)
     for found_half, half in zip((q.first, q.second), halves, strict=True):
-        parts = by_hand(module, half)
-        total = sum(
-            (g**2).sum() * np.outer(a, a)
-            for part in parts
-            for name in names
-            for a, g in zip(part[name][0], part[name][2], strict=True)
-        )
-        mass = sum((part[name][2] ** 2).sum() for part in parts for name in names)
-        assert np.allclose(found_half[0], total / mass, **CLOSE)
+        about_mean = weighted_moment(by_hand(module, half), *names, about=mean)
+        assert np.allclose(found_half[0], about_mean, **CLOSE)
+
+
+def test_of_maps_that_read_one_tensor_only_those_with_a_bias_leave_its_mean_out():
+    module = AroundAttention()
+    module.attention.k.bias = None
+    x = random(5, 3, 6) + 2
+    units, found = gather(module, [{"inputs": x}, {"inputs": x + 1}])
+    q, k, v = (found.curvatures[f"attention.{name}"][0] for name in ("q", "k", "v"))
+    assert [units.named(f"attention.{name}").bias for name in ("q", "k")] == [
+        "attention.q.bias",
+        "",
+    ]
+    assert q.first is v.first and k.first is not q.first and k.means is None
+    mean = q.means[0]
+    assert np.allclose(k.first[0], q.first[0] + torch.outer(mean, mean), **CLOSE)
 
 
 def test_an_input_whose_answer_does_not_matter_does_not_count():

@@ -135,9 +135,9 @@ def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[
     original, task = session.model.module, session.model.task
     claims = []
     for group, names in _groups(session).items():
-        weights = {
-            f"{name}.weight": _constant(small.get_parameter(f"{name}.weight")) for name in names
-        }
+        changed = [f"{name}.weight" for name in names]
+        changed += [bias for name in names if (bias := session.units.named(name).bias)]
+        weights = {name: _constant(small.get_parameter(name)) for name in changed}
 
         def compressed(
             batch: Batch, weights: Mapping[str, Callable[[], Tensor]] = weights

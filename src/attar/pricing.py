@@ -7,13 +7,16 @@ as independent, say (`coherence`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from attar.errors import AttarError
 from attar.explain import price
+from attar.explain.price import bias_change
 from attar.explain.probe import Changes, Probed
 from attar.explain.probe import probe as probe_changes
 from attar.records import Replacement, RowWeights, Statistics, Transform, Unit
@@ -33,10 +36,17 @@ FEEDS_BACK = (
 )
 
 
-def price_change(unit: Unit, change: Tensor, statistics: Statistics, treatment: str) -> float:
-    """Nats per prediction of a change that a treatment made of a weight, `rows columns`."""
-    alone = price.damage(change, statistics.curvatures[unit.name])
-    return alone * _coherence(statistics, treatment, unit)
+def price_change(
+    unit: Unit, change: Tensor, statistics: Statistics, treatment: str
+) -> tuple[float, Tensor | None]:
+    """Price a change that a treatment made of a weight, `rows columns`.
+
+    Returns:
+        Nats per prediction, and what comes to the unit's bias, `rows`; None where it has none.
+    """
+    curvatures = statistics.curvatures[unit.name]
+    nats = price.damage(change, curvatures) * _coherence(statistics, treatment, unit)
+    return nats, bias_change(change, curvatures) if unit.bias else None
 
 
 def price_all(
@@ -140,12 +150,14 @@ def _ratios(
         if not isinstance(made, Replacement):
             return None
         change, curvatures = made.dense - session.weight(unit), statistics.curvatures[unit.name]
-        return Treated(unit, reference, made.tensors, made.unpacked), price.damage(
-            change, curvatures, held_out=True
-        )
+        bias = None
+        if unit.bias:
+            bias = session.parameter(unit.bias) + bias_change(change, curvatures, held_out=True)
+        treated = Treated(unit, reference, made.tensors, made.unpacked, bias)
+        return treated, price.damage(change, curvatures, held_out=True)
 
     made = [one for one in session.for_each_unit(make) if one is not None]
-    changes = {one.unit.name: _change(session, one) for one, _ in made}
+    changes = _changes(session, [one for one, _ in made])
     found = _damages(session, _probe(session, changes, share))
     ratios = {}
     for one, alone in made:
@@ -155,9 +167,18 @@ def _ratios(
     return ratios
 
 
-def _change(session: Session, treated: Treated) -> Callable[[], Tensor]:
-    weight = session.model.module.get_parameter(f"{treated.unit.name}.weight").detach()
-    return lambda: treated.weight().sub_(weight)
+def _changes(session: Session, treated: Iterable[Treated]) -> dict[str, Callable[[], Tensor]]:
+    """Parameter name to what makes its change, of weights and of the biases moved with them."""
+    changes: dict[str, Callable[[], Tensor]] = {}
+    for one in treated:
+        changes[f"{one.unit.name}.weight"] = partial(_weight_change, session, one)
+        if one.bias is not None:
+            changes[one.unit.bias] = partial(torch.sub, one.bias, session.parameter(one.unit.bias))
+    return changes
+
+
+def _weight_change(session: Session, treated: Treated) -> Tensor:
+    return treated.weight().sub_(session.parameter(f"{treated.unit.name}.weight"))
 
 
 def probe(session: Session, treated: Mapping[str, Treated], share: float) -> dict[str, float]:
@@ -166,7 +187,7 @@ def probe(session: Session, treated: Mapping[str, Treated], share: float) -> dic
     Args:
         share: Of the calibration batches, taken from the front.
     """
-    changes = {name: _change(session, one) for name, one in treated.items()}
+    changes = _changes(session, treated.values())
     return _damages(session, _probe(session, changes, share, substitutions(treated)))
 
 

@@ -119,6 +119,8 @@ class Unit:
         macs: Multiply-accumulates for one sample of the traced example.
         coupled: Other names of the same weight (tied).
         heads: Of an attention output projection: how many heads its columns concatenate; else 0.
+        bias: Name of the parameter added to its output alone, which can take the mean error of a
+            treatment away; "" where there is none.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Unit:
     macs: int = 0
     coupled: tuple[str, ...] = ()
     heads: int = 0
+    bias: str = ""
 
     @property
     def rows(self) -> int:
@@ -181,19 +184,23 @@ class Curvature:
     side) and C is A (input side, each input counted by the squared gradient that answers it); for
     an embedding R is the frequency of each token and C is G.
     Both are known in two halves from different samples: what was rounded on one is priced on the
-    other.
+    other. Where a bias takes the mean error of the output away, C is about the mean of what
+    enters, and not about zero.
 
     Attributes:
         rows: R: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.
         first: C on every other sample: `groups columns columns`, or `groups*columns` (diagonal).
         second: C on the samples between.
         rows_first: R on every other sample; None where it is the same on all.
+        means: Mean of what enters each column, counted as in C, in each half, `2 groups*columns`;
+            None where no bias takes the mean error away.
     """
 
     rows: Tensor
     first: Tensor
     second: Tensor
     rows_first: Tensor | None = None
+    means: Tensor | None = None
 
     @property
     def rows_second(self) -> Tensor:

@@ -95,8 +95,11 @@ class Session:
 
     def weight(self, unit: Unit) -> Tensor:
         """A unit's weight, `rows columns`."""
-        parameter = self.model.module.get_parameter(unit.name + ".weight")
-        return parameter.detach().reshape(unit.rows, unit.columns)
+        return self.parameter(unit.name + ".weight").reshape(unit.rows, unit.columns)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter of the original."""
+        return self.model.module.get_parameter(name).detach()
 
     def for_each_unit(self, work: Callable[[Unit], Result]) -> Iterator[Result]:
         """Do work on every unit, in order, on all cores."""
@@ -131,9 +134,13 @@ class Session:
         """
         return self.model.task.name == "language"
 
-    def leftovers(self) -> dict[str, Tensor]:
-        """Tensors no plan decides about, in the format they are stored in."""
-        state = self.model.module.state_dict()
+    def leftovers(self, biases: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Tensors no plan decides about, in the format they are stored in.
+
+        Args:
+            biases: Those that took up a mean error, by name.
+        """
+        state = self.model.module.state_dict() | dict(biases or {})
         kept = {left.name: state[left.name] for left in self.units.leftovers}
         return {name: t.to(cost.leftover_dtype(name, t)).contiguous() for name, t in kept.items()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +54,9 @@ class Call:
         tensor: Tensor = self.arguments["input"]
         return tensor
 
-    def run(self, weight: Tensor | None = None) -> Tensor:
-        """Carry the call out, with another weight where one is given."""
-        if weight is None:
-            return self.function(**self.arguments)
-        return self.function(**{**self.arguments, "weight": weight})
+    def run(self, **other: Tensor) -> Tensor:
+        """Carry the call out, with other arguments where some are given."""
+        return self.function(**{**self.arguments, **other})
 
 
 Visit = Callable[[Call], Tensor]
@@ -98,21 +96,30 @@ def watched(module: nn.Module, visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def substituted(module: nn.Module, weight_of: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
-    """Run `module` with other weights, without copying or changing it.
+def substituted(module: nn.Module, tensor_of: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Run `module` with other weights and biases, without copying or changing it.
 
     Args:
         module: Left as it is.
-        weight_of: Parameter name to a function that makes the weight to use, in the shape the
-            module holds; called at each use, so that it may decode instead of hold.
+        tensor_of: Parameter name to a function that makes the tensor to use, in the shape the
+            module holds; called at each use, so that it may decode instead of hold. Of biases,
+            those of units (`Unit.bias`).
     """
 
     def visit(call: Call) -> Tensor:
-        make = weight_of.get(call.name)
+        bias = tensor_of.get(bias_name(call.name))
+        if bias is not None:
+            call = replace(call, arguments={**call.arguments, "bias": bias()})
+        make = tensor_of.get(call.name)
         return call.run() if make is None else _run_with(call, make)
 
     with watched(module, visit):
         yield
+
+
+def bias_name(weight_name: str) -> str:
+    """Name the parameter that a layer adds where it adds one."""
+    return weight_name.removesuffix("weight") + "bias"
 
 
 def _run_with(call: Call, make: Callable[[], Tensor]) -> Tensor:
@@ -127,7 +134,7 @@ def _run_with(call: Call, make: Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else make().as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return call.run(weight)
+        return call.run(weight=weight)
 
 
 def patches(call: Call, at_most: int | None = None) -> Tensor:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from attar.errors import PlanError, SettingError
 from attar.export import attar_folder, gguf_model
 from attar.load.folder import VERSION
+from attar.transform.apply import biases
 from attar.transform.keep_float import KeepFloat
 from attar.transform.llama_blocks import TYPES
 from attar.transform.quantize_llama import QuantizeLlama
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
     from attar.decide import Decided
     from attar.records import Recipe
@@ -58,18 +61,20 @@ def contents(session: Session, decided: Decided) -> dict[str, bytes]:
     """Make every file of the folder in memory."""
     if session.recipe.to == "gguf":
         units = {f"{name}.weight": _stored(one) for name, one in decided.treated.items()}
-        return _gguf(session, units)
+        return _gguf(session, units, biases(decided.treated))
     tensors = {
         f"{name}/{part}": tensor
         for name, treated in decided.treated.items()
         for part, tensor in treated.tensors.items()
     }
-    tensors.update(session.leftovers())
+    tensors.update(session.leftovers(biases(decided.treated)))
     return attar_folder.file_contents(tensors, _description(session, decided), session.model.files)
 
 
-def _gguf(session: Session, units: Mapping[str, gguf_model.Stored]) -> dict[str, bytes]:
-    model, state = session.model, session.model.module.state_dict()
+def _gguf(
+    session: Session, units: Mapping[str, gguf_model.Stored], moved: Mapping[str, Tensor]
+) -> dict[str, bytes]:
+    model, state = session.model, session.model.module.state_dict() | dict(moved)
     # llama.cpp computes with norms in float32, and they weigh little.
     kept = {left.name: gguf_model.Stored(state[left.name]) for left in session.units.leftovers}
     return gguf_model.file_contents(
@@ -98,7 +103,9 @@ def overhead_bytes(session: Session, decided: Decided) -> int:
 def estimated_overhead(session: Session) -> int:
     """Guess that weight before there is a plan; corrected as soon as there is one."""
     if session.recipe.to == "gguf":
-        return attar_folder.weigh(_gguf(session, {})) + BYTES_PER_TENSOR * len(session.units.units)
+        return attar_folder.weigh(_gguf(session, {}, {})) + BYTES_PER_TENSOR * len(
+            session.units.units
+        )
     kept = sum(tensor.nbytes for tensor in session.leftovers().values())
     files = attar_folder.weigh(attar_folder.file_contents({}, {}, session.model.files))
     described = len(json.dumps(_about_model(session)))

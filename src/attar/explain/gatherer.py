@@ -37,13 +37,15 @@ class Columns:
     Attributes:
         moment: Of inputs, each counted as much as the gradient that answers it is large; of
             gradients, where the input is a token.
-        mass: What `moment` is divided by to make it a mean.
+        total: Sum of what enters each column, counted as in `moment`; 0 for tokens.
+        mass: What both are divided by to make them means.
         power: Sum of squares of what enters each column, all counted alike; 0 for tokens.
         positions: How many inputs were seen.
     """
 
     moment: Tensor | Symmetric
     power: Tensor
+    total: Tensor
     mass: float = 0.0
     positions: int = 0
 
@@ -225,6 +227,7 @@ class Gatherer:
         """Add the input of a convolution, all positions alike."""
         x = moments.inputs_of(call, self._n_samples, moments.POSITIONS_AT_MOST).detach()
         moments.add_second_moment(use.columns.moment, x)
+        use.columns.total += x.sum((0, 2)).flatten()
         use.columns.mass += x.shape[0] * x.shape[2]
         self._count_inputs(use.columns, x)
 
@@ -330,6 +333,7 @@ def add_held(held: Held) -> None:
     if isinstance(held.weights, Tensor):  # a float where no gradient came, or it is added already
         scaled = held.x * held.weights.sqrt()[..., None]
         moments.add_second_moment(held.columns.moment, scaled)
+        held.columns.total += (held.x * held.weights[..., None]).sum((0, 1, 2))
         held.columns.mass += float(held.weights.double().sum())
     held.x, held.weights = held.x[:0], 0.0
 
@@ -337,8 +341,9 @@ def add_held(held: Held) -> None:
 def new_use(unit: Unit, call: Call) -> Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
     rows, columns = curvature_shapes(unit, call.operation)
-    power = torch.zeros(0 if call.operation == "embedding" else unit.groups * unit.columns)
-    return Use(call.operation, _zeros(rows), Columns(_zeros(columns), power))
+    n = 0 if call.operation == "embedding" else unit.groups * unit.columns
+    sums = Columns(_zeros(columns), torch.zeros(n), torch.zeros(n))
+    return Use(call.operation, _zeros(rows), sums)
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor | Symmetric:

@@ -90,6 +90,30 @@ def _times_rows(rows: Tensor, change: Tensor) -> Tensor:
     return (rows @ by_group).reshape(change.shape)
 
 
+def bias_change(
+    change: Float[Tensor, "rows columns"],
+    curvatures: Sequence[Curvature],
+    *,
+    held_out: bool = False,
+) -> Float[Tensor, " rows"]:
+    """What to add to the bias so that a change of the weight leaves the mean output as it was.
+
+    db = −dW E[x] is the least of trace(R E[(dW x + db)(dW x + db)ᵀ]) whatever R is.
+    Source: Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias
+    Correction, https://arxiv.org/abs/1906.04721, eq. 16. We differ in that E[x] is measured, and
+    that an input of a linear map counts by the squared gradient that answers it, as in C.
+
+    Args:
+        held_out: Take the mean of the first half: for a change that is priced on the second.
+    """
+    (curvature,) = curvatures
+    assert curvature.means is not None
+    mean = curvature.means[0] if held_out else curvature.means.mean(0)
+    groups = mean.numel() // change.shape[1]
+    by_group = change.reshape(groups, -1, change.shape[1])
+    return -(by_group @ mean.reshape(groups, -1, 1)).flatten()
+
+
 @dataclass(frozen=True)
 class RowSample:
     """Some rows of a weight that stand for all.
@@ -143,6 +167,7 @@ def of_rows(curvatures: Sequence[Curvature], sample: RowSample) -> tuple[Curvatu
             c.first,
             c.second,
             None if c.rows_first is None else chosen(c.rows_first),
+            c.means,
         )
         for c in curvatures
     )

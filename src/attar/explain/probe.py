@@ -25,14 +25,14 @@ from attar.explain.statistics import pieces
 from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress
-from attar.sites import Call, substituted, watched
+from attar.sites import Call, bias_name, substituted, watched
 
 # Language models go back one at a time: there the outputs' gradient, the change and the decoded
 # weight of a large vocabulary meet.
 _one_goes_back = Lock()
 
 Changes = Mapping[str, Callable[[], Tensor]]
-"""Unit name to a function that makes its change, in the shape the module holds."""
+"""Parameter name to a function that makes its change, in the shape the module holds."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,15 @@ def probe(
     progress: Progress,
     weights: Changes | None = None,
 ) -> dict[str, Probed]:
-    """Price every change by itself, where the model runs with `weights`.
+    """Price every weight's change, with its bias's, where the model runs with `weights`.
 
     Args:
         weights: Parameter name to what makes the weight to use, as for `sites.substituted`: a
             compressed point. None: the model's own.
         draws: Answers sampled per prediction.
+
+    Returns:
+        Unit name to damage.
     """
 
     def price_batch(number: int) -> tuple[dict[str, list[float]], int]:
@@ -103,13 +106,16 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
 
     def visit(call: Call) -> Tensor:
         output = call.run()
-        name = call.name.removesuffix(".weight")
-        if name not in changes:
+        make = changes.get(call.name)
+        if make is None:
             return output
         if not output.requires_grad:
             output = tracked(output)
         plain = {k: v for k, v in call.arguments.items() if k != "bias"}
         plain["input"] = call.input.detach()
+        moved_bias = changes.get(bias_name(call.name))
+        if moved_bias is not None:
+            plain["bias"] = moved_bias()
 
         @torch.no_grad()
         def move(x: Tensor, change: Tensor) -> Tensor:
@@ -118,14 +124,14 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         # What is moved is as large as the output, so a language model's is made on the way back;
         # another model may have overwritten the input by then.
         later = model.task.name == "language"
-        moved = None if later else move(plain["input"], changes[name]())
+        moved = None if later else move(plain["input"], make())
 
         def meet(g: Tensor) -> None:
             if moved is None:
-                slopes = _slopes_by_parts(move, plain["input"], changes[name](), g)
+                slopes = _slopes_by_parts(move, plain["input"], make(), g)
             else:
                 slopes = (moved * g).sum(1 if call.operation == "convolution" else -1)
-            _add(sums[name], slopes, samples)
+            _add(sums[call.name.removesuffix(".weight")], slopes, samples)
 
         output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output

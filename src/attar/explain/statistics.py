@@ -19,7 +19,7 @@ input share one A, weighted by the gradients of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import zip_longest
 from typing import Any
@@ -28,8 +28,16 @@ import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
-from attar.explain.gatherer import ALL, Gatherer, Sums, Use, curvature_shapes, kept_numbers
-from attar.explain.moments import hedged, token_frequency
+from attar.explain.gatherer import (
+    ALL,
+    Columns,
+    Gatherer,
+    Sums,
+    Use,
+    curvature_shapes,
+    kept_numbers,
+)
+from attar.explain.moments import add_second_moment, hedged, token_frequency
 from attar.kernels.symmetric import Packed, Symmetric
 from attar.memory import release
 from attar.parallel import in_order
@@ -116,7 +124,7 @@ def _result(units: Units, first: Sums, second: Sums, draws: int) -> Statistics:
 
     power = {unit.name: _power(unit, pairs[unit.name]) for unit in units}
     return Statistics(
-        curvatures=_curvatures(pairs, sums, n, draws),
+        curvatures=_curvatures(units, pairs, sums, n, draws),
         column_power={name: mean for name, mean in power.items() if mean is not None},
         channel_relevance=per_prediction(sums.channel),
         unit_relevance=per_prediction(sums.whole),
@@ -161,8 +169,8 @@ def _add_all(total: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 Half = Tensor | Symmetric | Packed
-Kept = tuple[Half, Half, Half, Half | None]
-"""`rows`, `first`, `second` and `rows_first` of a curvature."""
+Kept = tuple[Half, Half, Half, Half | None, Tensor | None]
+"""`rows`, `first`, `second`, `rows_first` and `means` of a curvature."""
 
 
 class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
@@ -181,13 +189,16 @@ class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
         return len(self._kept)
 
     @staticmethod
-    def _whole(rows: Half, first: Half, second: Half, rows_first: Half | None) -> Curvature:
+    def _whole(
+        rows: Half, first: Half, second: Half, rows_first: Half | None, means: Tensor | None
+    ) -> Curvature:
         one = _dense(first)
         return Curvature(
             _dense(rows),
             one,
             one if second is first else _dense(second),
             None if rows_first is None else _dense(rows_first),
+            means,
         )
 
 
@@ -200,25 +211,37 @@ def _packed(half: Half) -> Half:
     return half.packed() if isinstance(half, Symmetric) else half
 
 
-def _curvatures(pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int) -> _Curvatures:
+Moments = tuple[Half, Half, Tensor | None]
+"""`first`, `second` and `means` of a curvature."""
+
+
+def _curvatures(
+    units: Units, pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int
+) -> _Curvatures:
     """Curvature of every unit; uses that share an input go on sharing its moment."""
-    done: dict[int, tuple[Half, Half]] = {}
-    return _Curvatures(
-        {
-            name: tuple(_curvature(pair, sums, n, draws, done) for pair in of)
-            for name, of in pairs.items()
-        }
-    )
+    for columns in _distinct(pairs):
+        columns.moment.div_(columns.mass or 1.0)
+        columns.total.div_(columns.mass or 1.0)
+    done: dict[tuple[int, bool], Moments] = {}
+
+    def of_unit(unit: Unit) -> tuple[Kept, ...]:
+        return tuple(
+            _curvature(pair, sums, n, draws, _moments(pair, bool(unit.bias), done))
+            for pair in pairs[unit.name]
+        )
+
+    return _Curvatures({unit.name: of_unit(unit) for unit in units})
 
 
-def _curvature(
-    pair: Pair, sums: Sums, n: int, draws: int, done: dict[int, tuple[Half, Half]]
-) -> Kept:
+def _distinct(pairs: Mapping[str, Sequence[Pair]]) -> Iterable[Columns]:
+    uses = (use for of in pairs.values() for pair in of for use in pair if use is not None)
+    return {id(use.columns): use.columns for use in uses}.values()
+
+
+def _curvature(pair: Pair, sums: Sums, n: int, draws: int, moments: Moments) -> Kept:
     """Normalise one use so that damage comes out in nats per prediction."""
     use, other = pair
-    if id(use.columns) not in done:
-        done[id(use.columns)] = _means(pair)
-    first, second = done[id(use.columns)]
+    first, second, means = moments
     rows: Any = use.rows
     positions = use.columns.positions
     diagonal = isinstance(rows, Tensor) and rows.dim() == 1
@@ -231,19 +254,46 @@ def _curvature(
         rows, positions = rows.add_(other.rows), positions + other.columns.positions
     if use.operation == "embedding":
         # The one-hot input is the frequency; gradients are what the columns meet.
-        return token_frequency(rows, sums.answers) * (positions / n), first, second, None
+        return token_frequency(rows, sums.answers) * (positions / n), first, second, None, None
     if exact:
         assert sums.spread is not None
-        return hedged(sums.spread / n), first, second, None
-    return _packed(rows.div_(n * draws)), first, second, rows_first
+        return hedged(sums.spread / n), first, second, None, means
+    return _packed(rows.div_(n * draws)), first, second, rows_first, means
 
 
-def _means(pair: Pair) -> tuple[Half, Half]:
-    """Turn the two sums into means; a single piece of data stands for both halves."""
+def _moments(pair: Pair, biased: bool, done: dict[tuple[int, bool], Moments]) -> Moments:
+    """C of both halves, about the mean where a bias takes the mean error away.
+
+    What was rounded on the first half moves the bias by the mean of the first half. So C of the
+    second, which prices it, is about that mean too: the two halves' means differ by chance.
+    """
     seen = [use.columns for use in pair if use is not None]
-    means = [columns.moment.div_(columns.mass or 1.0) for columns in seen]
-    first, second = _packed(means[0]), _packed(means[-1])
-    return first, first if means[0] is means[-1] else second
+    key = (id(seen[0]), biased)
+    if key not in done:
+        means = torch.stack([seen[0].total, seen[-1].total]) if biased else None
+        halves = [_packed(_about(columns, means)) for columns in seen]
+        # A single piece of data stands for both halves.
+        done[key] = halves[0], halves[-1], means
+    return done[key]
+
+
+def _about(columns: Columns, means: Tensor | None) -> Tensor | Symmetric:
+    """Second moment about the first half's mean; about zero where there is none."""
+    if means is None:
+        return columns.moment
+    moment, own = deepcopy(columns.moment), columns.total
+    for shift, times in ((own, -1.0), (own - means[0], 1.0)):
+        add_second_moment(moment, _as_value(moment, shift), times)
+    if isinstance(moment, Tensor):  # one that is packed is cut off there
+        diagonal = moment if moment.dim() == 1 else moment.diagonal(dim1=1, dim2=2)
+        diagonal.clamp_(min=0)  # a column that never moves may come out below by rounding
+    return moment
+
+
+def _as_value(moment: Tensor | Symmetric, mean: Tensor) -> Tensor:
+    """Bring a mean to the layout of one input, `1 groups 1 columns`."""
+    groups = len(moment) if isinstance(moment, Tensor) and moment.dim() == 3 else 1
+    return mean.reshape(1, groups, 1, -1)
 
 
 def statistics_bytes(units: Units) -> int:

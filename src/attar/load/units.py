@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attar.errors import ModelError
 from attar.records import Batch, Leftover, Model, Unit, Units
-from attar.sites import Call, watched
+from attar.sites import Call, bias_name, watched
 
 # Modules that project the joined heads of an attention back to the hidden width, by suffix.
 HEAD_PROJECTIONS = ("o_proj", "out_proj", "attention.output.dense")
@@ -86,6 +86,8 @@ def _unit(
 ) -> Unit:
     uses = tuple(call.operation for call, _ in calls)
     first = calls[0][0]
+    added = first.arguments.get("bias") if len(calls) == 1 else None
+    own = bias_name(name) if aliases.get(id(added)) == [bias_name(name)] else ""
     return Unit(
         name=_holder(name),
         kind="embedding" if "embedding" in uses else uses[0],
@@ -95,6 +97,7 @@ def _unit(
         macs=sum(macs for _, macs in calls),
         coupled=tuple(_holder(alias) for alias in aliases[id(weight)] if alias != name),
         heads=_heads(name, weight, module) if uses == ("linear",) else 0,
+        bias=own,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ from attar.transform.quantize_feedback import QuantizeFeedback, quantize_all
 
 Known = Callable[[Unit], tuple[Tensor | None, RowWeights | None]]
 """What a treatment is told of a unit: see `Transform.apply`."""
-Price = Callable[[Unit, Tensor], float]
-"""Nats per prediction of adding a change (`rows columns`) to a unit's weight."""
+Price = Callable[[Unit, Tensor], tuple[float, Tensor | None]]
+"""Nats per prediction of adding a change (`rows columns`) to a unit's weight, and what is added to
+its bias then, `rows`; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Treated:
 
     Attributes:
         unpacked: See `Replacement`.
+        bias: What stands in for the unit's bias, `rows`; None where that stays as it is.
     """
 
     unit: Unit
     transform: Transform
     tensors: Mapping[str, Tensor]
     unpacked: Unpacked | None = None
+    bias: Tensor | None = None
 
     def weight(self) -> Tensor:
         """Decode to the shape the module holds."""
@@ -135,26 +139,28 @@ def apply_choices(
     Raises:
         ModelError: A weight is not finite.
     """
-    weights = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
 
     def treat_one(unit: Unit) -> Done:
         if unit.name in made:
             return made[unit.name]
-        weight = weights[unit.name + ".weight"].detach().reshape(unit.rows, -1)
+        weight = parameters[unit.name + ".weight"].detach().reshape(unit.rows, -1)
         check_finite(unit, weight)
         choice = choices[unit.name]
         transform = build_transform(choice.treatment, choice.settings)
         replacement = transform.apply(weight, *known(unit))
         change = replacement.dense - weight
+        nats, to_bias = price(unit, change)
         applied = Applied(
             unit=unit.name,
             treatment=choice.treatment,
             settings=dict(choice.settings),
             stored_bytes=sum(t.nbytes for t in replacement.tensors.values()),
-            predicted_damage=price(unit, change),
+            predicted_damage=nats,
             relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
         )
-        treated = Treated(unit, transform, replacement.tensors, replacement.unpacked)
+        bias = None if to_bias is None else parameters[unit.bias].detach() + to_bias
+        treated = Treated(unit, transform, replacement.tensors, replacement.unpacked, bias)
         return treated, applied
 
     done: list[Done] = []
@@ -175,8 +181,18 @@ def check_finite(unit: Unit, weight: Tensor) -> None:
 
 
 def substitutions(treated: Mapping[str, Treated]) -> dict[str, Callable[[], Tensor]]:
-    """Parameter name to the function that decodes its replacement, for `sites.substituted`."""
-    return {name + ".weight": one.weight for name, one in treated.items()}
+    """Parameter name to the function that makes its replacement, for `sites.substituted`."""
+    weights = {name + ".weight": one.weight for name, one in treated.items()}
+    return weights | {name: partial(_same, bias) for name, bias in biases(treated).items()}
+
+
+def biases(treated: Mapping[str, Treated]) -> dict[str, Tensor]:
+    """Parameter name to what stands in for it, of the biases that took up a mean error."""
+    return {one.unit.bias: one.bias for one in treated.values() if one.bias is not None}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def materialise(module: nn.Module, treated: Mapping[str, Treated]) -> nn.Module:
@@ -191,4 +207,6 @@ def materialise(module: nn.Module, treated: Mapping[str, Treated]) -> nn.Module:
     parameters = dict(copy.named_parameters())
     for name, one in treated.items():
         parameters[f"{name}.weight"].data = one.weight()
+    for name, bias in biases(treated).items():
+        parameters[name].data = bias
     return copy

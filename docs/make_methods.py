@@ -13,6 +13,7 @@ from typing import Any
 
 from attar.explain import CRITERIA
 from attar.export import FORMATS
+from attar.plan import DECIDERS
 from attar.transform import TRANSFORMS
 
 HEAD = """\
@@ -31,6 +32,11 @@ def methods_page() -> str:
     parts += _section(
         "Criteria", "What a unit is worth (`explain/`). Higher = keep.", "explain", CRITERIA
     )
+    deciders = {f"decide_{name}": entry for name, entry in DECIDERS.items()}
+    sentence = (
+        "Which candidate each unit gets (`plan/`): `--decide NAME`, the name without `decide_`."
+    )
+    parts += _section("Deciders", sentence, "plan", deciders)
     parts += _section("Formats", "What is written (`export/`).", "export", FORMATS)
     return "\n".join(parts)
 

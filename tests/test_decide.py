@@ -215,6 +215,15 @@ def test_the_smallest_size_that_is_named_can_be_reached_and_one_kilobyte_less_ca
         plan(f"{int(smallest.removesuffix('kB')) - 1}kB")
 
 
+def test_the_least_bytes_there_are_survive_a_second_round(classifier):
+    """Found by applying the first point of a frontier: the room to spare was asked for twice."""
+    session, _, candidates, statistics = classifier
+    least = decide.Trials(session, statistics).smallest(candidates)
+    size = decide._carry_out(session, least, Budget(9999), 0, statistics).plan.weight_bytes
+    own = replace(session, recipe=replace(session.recipe, size=f"{size}B", rounds=2))
+    assert decide.plan(own, candidates, statistics).plan.weight_bytes <= size
+
+
 def test_pinned_units_stay_in_sixteen_bits_and_unknown_pins_are_refused():
     session = classifier_session(size="7kB", keep=("5",), rounds=1)
     found, _, statistics = decided(session)

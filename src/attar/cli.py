@@ -24,6 +24,7 @@ from attar.options import (
     Audit,
     Calibration,
     DataPath,
+    Decide,
     Degrid,
     Factory,
     Force,
@@ -80,6 +81,7 @@ def compress(
     threads: Threads = 2,
     rounds: Rounds = 2,
     to: To = "attar",
+    decide: Decide = "price",
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> int:
@@ -113,6 +115,7 @@ def plan(
     threads: Threads = 2,
     rounds: Rounds = 2,
     to: To = "attar",
+    decide: Decide = "price",
     accept_licence: AcceptLicence = False,
     force: Force = False,
 ) -> None:

@@ -11,8 +11,7 @@ from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
 from attar.plan import candidates as menus
 from attar.plan.frontier import corrected, spread_sizes
-from attar.plan.refine import refine
-from attar.plan.solve import smallest, solve, weight_bytes
+from attar.plan.solve import weight_bytes
 from attar.records import (
     Budget,
     Candidate,
@@ -33,6 +32,7 @@ from attar.transform.apply import (
     build_transform,
     substitutions,
 )
+from attar.trials import Trials
 
 # Share of the calibration data on which changes are priced again at the compressed point: a
 # sequence has hundreds of predictions, a picture has one.
@@ -139,9 +139,10 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
     """
     budget = Budget(session.budget_bytes(), session.recipe.keep)
     overhead = writing.estimated_overhead(session)
+    trials = Trials(session, statistics)
     correction, best, rounds = 1.0, None, []
-    for number in range(max(1, session.recipe.rounds)):
-        decided = _fit(session, candidates, statistics, budget, overhead, weighed=number > 0)
+    for number in range(trials.rounds):
+        decided = _fit(trials, candidates, budget, overhead, weighed=number > 0)
         overhead = decided.plan.overhead_bytes
         done = _measured(session, decided, correction)
         rounds.append(done)
@@ -149,7 +150,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
             correction = done.measured_damage / done.predicted_damage
         if best is None or done.measured_damage < best[1].measured_damage:
             best = (decided, done, correction)
-        if number + 1 < session.recipe.rounds:
+        if number + 1 < trials.rounds:
             candidates = _seen_from_there(session, candidates, decided)
             best = (_packed(best[0]), *best[1:])  # another plan's codes need the room
     assert best is not None
@@ -166,12 +167,12 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
 def frontier(session: Session, candidates: Candidates, statistics: Statistics) -> Frontier:
     """Solve for a row of sizes, from the smallest there is; carry out and measure some of them."""
     overhead = writing.estimated_overhead(session)
-    least = weight_bytes(smallest(candidates))
+    trials, points = Trials(session, statistics), []
+    least = weight_bytes(trials.smallest(candidates))
     most = FRONTIER_MOST_BITS * sum(unit.n_weights for unit in session.units) // 8
-    points = []
     for number, limit in enumerate(spread_sizes(least, most, FRONTIER_POINTS)):
         budget = Budget(overhead + limit, session.recipe.keep)
-        choices = _solve(session, candidates, budget, overhead)
+        choices = _solve(trials, candidates, budget, overhead)
         size, measured = overhead + weight_bytes(choices), None
         predicted = sum(c.predicted_damage or 0.0 for c in choices.values())
         if number in FRONTIER_MEASURED:
@@ -216,9 +217,8 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
 
 
 def _fit(
-    session: Session,
+    trials: Trials,
     candidates: Candidates,
-    statistics: Statistics,
     budget: Budget,
     overhead: int,
     *,
@@ -229,14 +229,16 @@ def _fit(
     Args:
         weighed: Whether `overhead` was weighed, or is a guess that must not refuse a budget.
     """
-    least = smallest(candidates)
+    session, statistics = trials.session, trials.statistics
+    least = trials.smallest(candidates)
     if not weighed and overhead + weight_bytes(least) > budget.weight_bytes:
         overhead = _carry_out(session, least, budget, overhead, statistics).plan.overhead_bytes
     fitting, before = None, None
     for _ in range(FITTING_TRIES):
         if weighed or before is not None:
-            overhead += BYTES_SPARE_PER_UNIT * len(session.units.units)
-        choices = _solve(session, candidates, budget, overhead)
+            room = budget.weight_bytes - overhead - weight_bytes(least)
+            overhead += max(0, min(BYTES_SPARE_PER_UNIT * len(session.units.units), room))
+        choices = _solve(trials, candidates, budget, overhead)
         decided = _carry_out(session, choices, budget, overhead, statistics, before)
         guessed, overhead, before = overhead, decided.plan.overhead_bytes, decided
         if decided.plan.weight_bytes <= budget.weight_bytes:
@@ -252,9 +254,9 @@ def _fit(
 
 
 def _solve(
-    session: Session, candidates: Candidates, budget: Budget, overhead: int
+    trials: Trials, candidates: Candidates, budget: Budget, overhead: int
 ) -> dict[str, Candidate]:
-    least = overhead + weight_bytes(smallest(candidates))
+    least = overhead + weight_bytes(trials.smallest(candidates))
     if least > budget.weight_bytes:
         raise BudgetError(
             f"no plan fits {budget.weight_bytes:,} bytes; the smallest model that can be written "
@@ -263,8 +265,7 @@ def _solve(
             + (", or --keep fewer units." if budget.keep else "."),
         )
     limit = budget.weight_bytes - overhead
-    solved = solve(candidates, limit)
-    return refine(solved, session.units, limit - weight_bytes(solved), build_transform)
+    return trials.decide(candidates, limit)
 
 
 def _carry_out(

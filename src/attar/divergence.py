@@ -39,6 +39,30 @@ class Divergence:
         log_q = compressed.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
+    def parts(
+        self,
+        original: Float[Tensor, "predictions width"],
+        compressed: Float[Tensor, "predictions width"],
+    ) -> tuple[Float[Tensor, " predictions"], Float[Tensor, " predictions"]]:
+        """Split `between` into content and quality, which sum to it.
+
+        Categorical, by the chain rule of the KL divergence: content is that of whether the answer
+        is the original's most likely one, quality that of which other one it is, where it is not.
+        Gaussian: content is what turns the whitened output, quality what lengthens it.
+        """
+        whole = self.between(original, compressed)
+        if self.family == "gaussian":
+            assert self.whitening is not None
+            before, after = (out @ self.whitening.T for out in (original, compressed))
+            along = torch.nn.functional.normalize(before, dim=-1)
+            quality = 0.5 * ((after - before) * along).sum(-1).square()
+            return whole - quality, quality
+        best = original.argmax(-1, keepdim=True)
+        log_p, log_q = (out.double().log_softmax(-1) for out in (original, compressed))
+        one, two = (_both(log, best) for log in (log_p, log_q))
+        content = (one.exp() * (one - two)).sum(-1).to(whole.dtype)
+        return content, whole - content
+
     def sampled_gradient(
         self, outputs: Float[Tensor, "predictions width"], generator: torch.Generator
     ) -> Float[Tensor, "predictions width"]:
@@ -60,6 +84,12 @@ class Divergence:
         answers = torch.searchsorted(below, place).clamp_(max=outputs.shape[-1] - 1)
         gradient = probabilities.neg_()
         return gradient.scatter_add_(-1, answers, torch.ones_like(answers, dtype=gradient.dtype))
+
+
+def _both(log: Float[Tensor, "predictions width"], best: Tensor) -> Float[Tensor, "predictions 2"]:
+    """Log-probabilities of one answer, and of all others together."""
+    others = log.scatter(-1, best, -torch.inf).logsumexp(-1)
+    return torch.stack([log.gather(-1, best)[..., 0], others], -1)
 
 
 def fit_gaussian(outputs: Float[Tensor, "samples width"]) -> Divergence:

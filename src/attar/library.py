@@ -40,6 +40,7 @@ from attar.records import (
 from attar.report.html import report_to_html
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import build_transform, materialise
+from attar.trials import check_decider
 from attar.writing import check_form
 
 Arrays = str | Path | Tensor | Mapping[str, Any] | None
@@ -173,6 +174,7 @@ def plan(
     data: Arrays = None,
     seed: int = 0,
     rounds: int = 2,
+    decide_by: str = "price",
 ) -> Plan:
     """Decide what to do with every unit so that the written folder has at most a size.
 
@@ -180,12 +182,15 @@ def plan(
         scores: From `explain` on the same model; made here where left out.
         size: "60MB", "64MiB", "25%" or "3.1bits".
         keep: Names of units, or patterns with `*`, that stay in 16 bits.
+        decide_by: "price", or the way of a paper: a name in `attar.plan.DECIDERS`.
 
     Raises:
         BudgetError: The size cannot be read, or cannot be reached.
     """
     known = scores if scores is not None else explain(model, data, seed=seed)
-    asked = replace(known.session.recipe, size=size, keep=tuple(keep), rounds=rounds)
+    asked = replace(
+        known.session.recipe, size=size, keep=tuple(keep), rounds=rounds, decide=decide_by
+    )
     session = replace(known.session, recipe=asked)
     pipeline.check_wishes(session)
     candidates = decide.price(session, known.statistics)
@@ -281,6 +286,7 @@ def compress(
     keep: Sequence[str] = (),
     seed: int = 0,
     to: str = "attar",
+    decide_by: str = "price",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -288,14 +294,16 @@ def compress(
 
     Args:
         to: "gguf" writes one file that llama.cpp runs.
+        decide_by: See `plan`.
         model: From `load`, or what `load` takes.
         force: Replace what an earlier run wrote to `out`.
 
     Raises:
         AttarError: What was found and what to do instead; nothing is written then.
     """
-    recipe = Recipe(model="", size=size, keep=tuple(keep), seed=seed, to=to)
+    recipe = Recipe(model="", size=size, keep=tuple(keep), seed=seed, to=to, decide=decide_by)
     check_form(recipe)
+    check_decider(recipe)
     check_output(Path(out), force=force)
     opened = model if isinstance(model, Model) else load(model)
     recipe = replace(recipe, model=opened.name)

@@ -75,6 +75,10 @@ To = Annotated[
     str,
     typer.Option(metavar="FORM", help="attar, or gguf: one file that llama.cpp runs."),
 ]
+Decide = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="price, or the way of a paper: see docs/methods.md."),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 JsonFile = Annotated[

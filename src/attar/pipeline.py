@@ -29,6 +29,7 @@ from attar.reopening import open_plan, open_prices
 from attar.report.frontier import frontier_to_html
 from attar.report.html import write_report
 from attar.session import Session, open_model, open_recipe
+from attar.trials import check_decider
 
 
 def compress(
@@ -40,6 +41,7 @@ def compress(
         AttarError: What was found and what to type instead; nothing is written then.
     """
     writing.check_form(recipe)
+    check_decider(recipe)
     attar_folder.check_output(out, force=force)
     return compress_session(open_recipe(recipe, progress), out)
 
@@ -124,6 +126,7 @@ def _finish(
 def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Session]:
     """Decide only. The plan of the result can be written, edited and applied."""
     writing.check_form(recipe)
+    check_decider(recipe)
     session = open_recipe(recipe, progress)
     check_wishes(session)
     statistics = decide.explain(session)
@@ -134,6 +137,7 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Ses
 def frontier(recipe: Recipe, out: Path, *, force: bool, progress: Progress | None) -> Frontier:
     """Price once, and write what the least damage is at every size, as a page and as JSON."""
     writing.check_form(recipe)
+    check_decider(recipe)
     attar_folder.check_output(out, force=force, holds=(FRONTIER_FILE,), option="--frontier")
     session = open_recipe(recipe, progress)
     writing.check_model(session)
@@ -168,6 +172,7 @@ def check_wishes(session: Session) -> None:
     """Refuse a size, a form or a unit to keep that cannot be, before long work."""
     session.budget_bytes()
     writing.check_model(session)
+    check_decider(session.recipe)
     check_keep(session.units, session.recipe.keep)
 
 

@@ -375,6 +375,45 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What was lost on a little recovery data, nats per prediction; see `Divergence.parts`.
+
+    Attributes:
+        content: Whether the original's answer stays the answer.
+        quality: All the rest.
+    """
+
+    content: float
+    quality: float
+
+    @property
+    def nats(self) -> float:
+        """The divergence."""
+        return self.content + self.quality
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a decider is asked, and what it may find out before it answers.
+
+    Attributes:
+        candidates: Unit name to what may be done to it, priced or refused; something always is
+            priced, and the smallest of all units fit.
+        limit: Bytes of all units' tensors together.
+        trial: Makes these choices, leaves all other units original, and measures.
+        seconds: How long what a candidate stores takes to become a weight again on this machine.
+    """
+
+    candidates: Mapping[str, Sequence[Candidate]]
+    limit: int
+    units: Units
+    statistics: Statistics
+    seed: int
+    trial: Callable[[Mapping[str, Candidate]], Trial]
+    seconds: Callable[[Candidate], float]
+
+
+@dataclass(frozen=True)
 class Budget:
     """Limits with units. `weight_bytes` counts the whole written model folder.
 
@@ -403,6 +442,7 @@ class Recipe:
         rounds: Turns of the correction loop, 1 or more.
         threads: Pieces of work done at once. What is computed does not depend on it.
         to: What is written: "attar", or "gguf" for a file that llama.cpp runs.
+        decide: How candidates are chosen: a name in `plan.DECIDERS`.
     """
 
     model: str
@@ -421,6 +461,7 @@ class Recipe:
     rounds: int = 2
     threads: int = 2
     to: str = "attar"
+    decide: str = "price"
 
 
 @dataclass(frozen=True)

@@ -8,3 +8,10 @@ FORMATS: dict[str, Callable[..., Mapping[str, bytes]]] = {
     "attar_folder": attar_folder.file_contents,
     "gguf_model": gguf_model.file_contents,
 }
+
+FUSED_ROLES: dict[str, tuple[tuple[str, ...], ...]] = {
+    # Both keep every tensor apart, with a treatment of its own.
+    "attar": (),
+    "gguf": (),
+}
+"""Form to the roles that its runtimes read as one weight; see `plan.fuse.groups_of`."""

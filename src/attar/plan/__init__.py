@@ -1,1 +1,16 @@
-"""plan: candidates, budget → one candidate per unit."""
+"""plan: candidates, bytes → one for each unit. One file per decider; the table names them all."""
+
+from collections.abc import Callable
+
+from attar.plan import decide_mixdq, decide_ohq, decide_price, decide_qbert, decide_quantune
+from attar.records import Candidate, Question
+
+Decider = Callable[[Question], dict[str, Candidate]]
+
+DECIDERS: dict[str, Decider] = {
+    "price": decide_price.decide,
+    "ohq": decide_ohq.decide,
+    "mixdq": decide_mixdq.decide,
+    "qbert": decide_qbert.decide,
+    "quantune": decide_quantune.decide,
+}

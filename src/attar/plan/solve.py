@@ -5,7 +5,8 @@ A multiple-choice knapsack, solved as an integer program by HiGHS (through scipy
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -31,6 +32,14 @@ def smallest(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candida
 def weight_bytes(choices: Mapping[str, Candidate]) -> int:
     """Bytes of the units' tensors."""
     return sum(choice.cost.weight_bytes for choice in choices.values())
+
+
+def allowed(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
+    """Leave out what was refused."""
+    return {
+        name: [c for c in options if c.refused is None and c.predicted_damage is not None]
+        for name, options in candidates.items()
+    }
 
 
 def usable(options: Sequence[Candidate]) -> list[Candidate]:
@@ -79,6 +88,24 @@ def solve(candidates: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str
         chosen[name] = of[int(np.argmax(result.x[start : start + len(of)]))]
         start += len(of)
     return _spend_the_rest(chosen, options, limit)
+
+
+def solve_by(
+    candidates: Mapping[str, Sequence[Candidate]], limit: int, loss: Callable[[Candidate], float]
+) -> dict[str, Candidate]:
+    """Minimise the sum of another loss than the predicted damage; see `solve`."""
+    if not candidates:
+        return {}
+    priced = {
+        name: [replace(c, predicted_damage=loss(c)) for c in options]
+        for name, options in candidates.items()
+    }
+    back = {
+        id(new): old
+        for name, options in candidates.items()
+        for new, old in zip(priced[name], options, strict=True)
+    }
+    return {name: back[id(chosen)] for name, chosen in solve(priced, limit).items()}
 
 
 def _one_each(counts: Sequence[int]) -> csr_array:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from attar.errors import ModelError, SettingError
 from attar.kernels import rans
-from attar.records import RowWeights, Unit
+from attar.plan.solve import solve
+from attar.records import Candidate, Cost, RowWeights, Unit
 from attar.transform import coded
 from attar.transform.apply import Treated
 from attar.transform.quantize_entropy import QuantizeEntropy, Rounding, search, trials
@@ -319,3 +320,44 @@ def test_units_it_does_not_suit_are_refused_with_the_reason():
     assert "fewer than 32" in transform.rejects(replace(good, shape=(4000, 8)))
     grouped = Unit("c", "convolution", (256, 64, 3, 3), ("convolution",), groups=2)
     assert "groups" in transform.rejects(grouped)
+
+
+def blocks_of_rows(weight, importance, bits, n_blocks=16):
+    """Fixed widths of 2 to 8 bits by blocks of rows of like worth, chosen for the least damage."""
+    order = importance.argsort(descending=True)
+    options = {}
+    for number, rows in enumerate(order.chunk(n_blocks)):
+        options[str(number)] = [
+            Candidate(
+                str(number), "quantize_feedback", {"bits": width},
+                Cost(sum(t.nbytes for t in made.tensors.values()), 0),
+                float(((made.dense - weight[rows]).square().sum(1) * importance[rows]).sum()),
+            )
+            for width in (2, 3, 4, 5, 6, 8)
+            for made in [QuantizeFeedback(width, 0).apply(weight[rows], None)]
+        ]  # fmt: skip
+    permutation = 2 * len(weight)  # 16 bits say where each row went
+    chosen = solve(options, int(bits * weight.numel() / 8) - permutation)
+    return sum(c.predicted_damage for c in chosen.values()), chosen
+
+
+def test_rows_of_an_embedding_have_bits_by_their_worth_and_lose_less_than_by_blocks_of_rows():
+    """Tokens as frequent as in a text (Zipf): rare rows are cheap, one by one."""
+    weight, importance = random(2048, 64), 1 / torch.arange(1.0, 2049)
+    importance = importance[torch.randperm(2048, generator=torch.Generator().manual_seed(4))]
+    rows = RowWeights(importance, torch.ones(2048))
+    rounding = Rounding.of(weight, None, rows, True)
+    codes, _ = search(rounding, int(3 * weight.numel() / 8))
+    spread = (codes.codes.float() - coded.MIDDLE).square().mean(1).sqrt()
+    # A row worth four times as much has steps half as wide: one bit more for each weight.
+    bits_of_row = spread.log2()
+    order = importance.argsort(descending=True)
+    for one, two in ((20, 80), (80, 320), (320, 1280)):
+        here, there = (bits_of_row[order[at - 8 : at + 8]].mean() for at in (one, two))
+        assert float(here - there) == pytest.approx(1.0, abs=0.25)
+    lost = float(((codes.dense() - weight).square().sum(1) * importance).sum())
+    by_blocks, chosen = blocks_of_rows(weight, importance, 3)
+    assert len({c.settings["bits"] for c in chosen.values()}) > 2  # they do mix
+    even, _ = search(Rounding.of(weight, None, rows, False), int(3 * weight.numel() / 8))
+    evenly = float(((even.dense() - weight).square().sum(1) * importance).sum())
+    assert lost < 0.7 * by_blocks and by_blocks < evenly

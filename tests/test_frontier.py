@@ -2,18 +2,22 @@
 
 import json
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
-from toy_code import save_data
+from test_decide import divergence_by_hand, sharp_classifier
+from toy_code import samples, save_data
 
-from attar import pipeline
+from attar import decide, pipeline
 from attar.cli import main
 from attar.errors import PlanError
+from attar.load.model import load_model
 from attar.plan.frontier import corrected, read_prices, spread_sizes
-from attar.records import FrontierPoint, Recipe
+from attar.records import FrontierPoint, Recipe, Silent
 from attar.report.frontier import draw_frontier
-from attar.session import open_recipe
-from attar.transform.apply import build_transform
+from attar.session import open_recipe, open_session
+from attar.transform.apply import build_transform, materialise
 
 
 def point(size, predicted, measured=None):
@@ -78,6 +82,26 @@ def test_points_are_smaller_where_more_is_lost(made):
     assert damages == sorted(damages, reverse=True)
     measured = [p for p in frontier.points if p.measured_damage is not None]
     assert measured and all(math.isfinite(p.measured_damage) for p in measured)
+
+
+def test_every_point_when_applied_loses_what_it_says_or_is_flagged():
+    """Enough samples that two measurements of one plan differ little."""
+    module, examples = sharp_classifier()
+    model = load_model(deepcopy(module), examples=examples, task="classify")
+    recipe = Recipe(model.name, task="classify", calibration=150, recovery=250, audit=250, rounds=1)
+    session = open_session(recipe, model, Silent(), {"inputs": samples(660)})
+    statistics = decide.explain(session)
+    candidates = decide.price(session, statistics)
+    points = decide.frontier(session, candidates, statistics).points
+    for point in points:
+        sized = replace(session, recipe=replace(recipe, size=f"{point.weight_bytes}B"))
+        applied = decide.plan(sized, candidates, statistics)
+        small = materialise(session.model.module, applied.treated)
+        found = divergence_by_hand(session, small, session.data.audit)
+        off = max(found / point.corrected_damage, point.corrected_damage / found)
+        assert off <= 1.5 or not point.is_sure, point
+        assert applied.plan.weight_bytes <= point.weight_bytes
+    assert sum(point.is_sure for point in points) >= len(points) / 2
 
 
 def test_the_file_gives_the_same_prices_back(made):

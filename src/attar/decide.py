@@ -168,17 +168,20 @@ def frontier(session: Session, candidates: Candidates, statistics: Statistics) -
     """Solve for a row of sizes, from the smallest there is; carry out and measure some of them."""
     overhead = writing.estimated_overhead(session)
     trials, points = Trials(session, statistics), []
+    spare = BYTES_SPARE_PER_UNIT * len(session.units.units)
     least = weight_bytes(trials.smallest(candidates))
     most = FRONTIER_MOST_BITS * sum(unit.n_weights for unit in session.units) // 8
     for number, limit in enumerate(spread_sizes(least, most, FRONTIER_POINTS)):
         budget = Budget(overhead + limit, session.recipe.keep)
         choices = _solve(trials, candidates, budget, overhead)
-        size, measured = overhead + weight_bytes(choices), None
+        measured = None
         predicted = sum(c.predicted_damage or 0.0 for c in choices.values())
         if number in FRONTIER_MEASURED:
             decided = _carry_out(session, choices, budget, overhead, statistics)
-            size, overhead = decided.plan.weight_bytes, decided.plan.overhead_bytes
+            overhead = decided.plan.overhead_bytes
             measured = _measured(session, decided, 1.0).measured_damage
+        # With what is spared for longer descriptions, so that this size gives this plan.
+        size = overhead + spare + weight_bytes(choices)
         points.append(FrontierPoint(size, predicted, predicted, measured))
     return Frontier(
         recipe=session.recipe,

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attar.kernels.feedback import TILE, Grid, reference_round, round_both
+from attar.kernels.feedback import (
+    TILE,
+    Grid,
+    reference_round,
+    reference_vectors,
+    round_both,
+    vector_error,
+)
 
 
 def random(*shape, seed=0):
@@ -101,3 +108,34 @@ def test_codes_stay_within_the_grid():
     weight, steps = 10 * random(40, 40), grid(40, 40, groups=2, top=2.0)
     codes = round_both(weight, factors(moment(40, 1))[0], factors(moment(40, 2))[0], steps)
     assert set(np.unique(codes.numpy())) <= {-2, -1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_vectors_round_as_the_formula_does(width):
+    sizes = torch.tensor([[1.0, 1.0], [1.0, 3.0], [3.0, 1.0], [3.0, 5.0]]).repeat(1, width // 2)
+    weight, worth = 2 * random(5, 40, seed=4), 0.2 + random(40, seed=2).abs()
+    steps = replace(grid(5, 40, groups=2), vectors=sizes, worth=worth)
+    for above in (factors(moment(5, 1))[0], None):
+        left = factors(moment(40, 2))[0]
+        rows = torch.eye(5) if above is None else above
+        expected = reference_vectors(weight, rows, left, steps)
+        found = round_both(weight, above, left, steps)
+        assert float((found != expected).float().mean()) < 0.02
+        assert set(found.abs().unique().tolist()) <= {1, 3, 5}
+
+
+def test_the_error_of_vectors_is_that_of_the_nearest_of_the_list():
+    x, share, scale = (
+        random(7, 8).numpy(),
+        random(7, 8, seed=1).abs().numpy(),
+        np.float32([0.5] * 7),
+    )
+    sizes = np.float32([[1, 1], [1, 3], [3, 3]])
+    found = np.empty(7, np.float32)
+    vector_error(x, share, scale, sizes, found)
+    for part in range(7):
+        total = 0.0
+        for j in range(0, 8, 2):
+            apart = [np.abs(x[part, j : j + 2]) - 0.5 * size for size in sizes]
+            total += min(float((a**2 * share[part, j : j + 2]).sum()) for a in apart)
+        assert found[part] == pytest.approx(total, rel=1e-5)

@@ -18,12 +18,12 @@ They round blocks, by a trellis; we round single weights, to any grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int16
+from jaxtyping import Bool, Float32, Int, Int16
 from torch import Tensor
 
 from attar.kernels.compiled import compiled
@@ -46,6 +46,12 @@ class Grid:
         highest: Largest.
         offset: Of each row and group; None: 0.
         levels: Level of each code from 0 on, rising; None: a code is its own level.
+        vectors: Where several columns are rounded together: the sizes that their levels may have,
+            above 0, signs being free; a code is its own level. None: every column by itself.
+        worth: With vectors: how much a squared error in each column counts that nothing later
+            makes good.
+        kept: Weights that are not rounded: each takes up what is fed to it, and has no error.
+        free: What kept weights become; written.
     """
 
     scale: Float32[Tensor, "rows groups"]
@@ -55,6 +61,10 @@ class Grid:
     highest: Float32[Tensor, "rows groups"]
     offset: Float32[Tensor, "rows groups"] | None = None
     levels: Float32[Tensor, " codes"] | None = None
+    vectors: Float32[Tensor, "vectors width"] | None = None
+    worth: Float32[Tensor, " columns"] | None = None
+    kept: Bool[Tensor, "rows columns"] | None = None
+    free: Float32[Tensor, "rows columns"] | None = None
 
     def values(self, codes: Int16[Tensor, "rows columns"]) -> Float32[Tensor, "rows columns"]:
         """Turn codes into weights."""
@@ -67,7 +77,22 @@ class Grid:
         offset = None if self.offset is None else self.offset[rows].contiguous()
         parts = (t[rows].contiguous() for t in (self.scale, self.lowest, self.highest))
         scale, lowest, highest = parts
-        return Grid(scale, self.column_scale, self.group_of, lowest, highest, offset, self.levels)
+        made = replace(self, scale=scale, lowest=lowest, highest=highest, offset=offset)
+        if self.kept is None or self.free is None:
+            return made
+        return replace(made, kept=self.kept[rows], free=self.free[rows])
+
+    def of_columns(self, columns: Int[Tensor, " columns"], worth: Tensor) -> Grid:
+        """The same with columns in another order, in which `worth` is already."""
+        made = replace(
+            self,
+            group_of=self.group_of[columns],
+            column_scale=self.column_scale[columns],
+            worth=worth,
+        )
+        if self.kept is None or self.free is None:
+            return made
+        return replace(made, kept=self.kept[:, columns], free=self.free[:, columns])
 
 
 def reference_round(
@@ -81,6 +106,10 @@ def reference_round(
     errors, codes = torch.zeros_like(exact), torch.zeros(weight.shape, dtype=torch.int16)
     for i, j in np.ndindex(*weight.shape):
         target = exact[i, j] - above[:, i] @ errors @ left[:, j]
+        if grid.kept is not None and grid.kept[i, j]:
+            assert grid.free is not None
+            grid.free[i, j], codes[i, j] = target, 0
+            continue
         group = grid.group_of[j]
         choices = torch.arange(int(grid.lowest[i, group]), int(grid.highest[i, group]) + 1)
         level = choices if grid.levels is None else grid.levels[choices]
@@ -90,6 +119,36 @@ def reference_round(
         best = int((values - target).abs().argmin())
         errors[i, j] = target - values[best]
         codes[i, j] = choices[best]
+    return codes
+
+
+def reference_vectors(
+    weight: Float32[Tensor, "rows columns"],
+    rows: Float32[Tensor, "rows rows"],
+    columns: Float32[Tensor, "columns columns"],
+    grid: Grid,
+) -> Int16[Tensor, "rows columns"]:
+    """Round one vector after the other, straight from the formula. Slow and obvious."""
+    assert grid.vectors is not None and grid.worth is not None
+    exact, left, above = weight.double(), columns.double(), rows.double()
+    errors, codes = torch.zeros_like(exact), torch.zeros(weight.shape, dtype=torch.int16)
+    width = grid.vectors.shape[1]
+    for i in range(len(weight)):
+        for j in range(0, weight.shape[1], width):
+            least = np.inf
+            for vector in grid.vectors:
+                tried, lost, total = errors.clone(), torch.zeros(width), 0.0
+                levels = torch.zeros(width, dtype=torch.int16)
+                for k, size in enumerate(vector.tolist()):
+                    target = float(exact[i, j + k] - above[:, i] @ tried @ left[:, j + k])
+                    step = float(grid.scale[i, grid.group_of[j + k]] * grid.column_scale[j + k])
+                    levels[k] = int(size if target * step >= 0 else -size)
+                    tried[i, j + k] = target - int(levels[k]) * step
+                    total += float(tried[i, j + k]) ** 2 * float(grid.worth[j + k])
+                if total < least:
+                    least, lost = total, tried[i, j : j + width].clone()
+                    codes[i, j : j + width], kept = levels, lost
+            errors[i, j : j + width] = kept
     return codes
 
 
@@ -133,12 +192,19 @@ def _round_rows(
         (torch.zeros_like(grid.scale) if grid.offset is None else grid.offset).numpy(),
         (torch.empty(0) if grid.levels is None else grid.levels).numpy(),
         grid.group_of.to(torch.int64).numpy(),
+        (torch.empty(0, 0, dtype=torch.bool) if grid.kept is None else grid.kept).numpy(),
+        (torch.empty(0, 0) if grid.free is None else grid.free).numpy(),
     )
     moved = torch.from_numpy(lines.moved)
     for start in range(0, target.shape[1], TILE):
         end = min(target.shape[1], start + TILE)
         inside = columns[start:end, start:end].contiguous().numpy()
-        _round_tile(lines, steps, among, inside, start, end)
+        if grid.vectors is None:
+            _round_tile(lines, steps, among, inside, start, end)
+        else:
+            assert grid.worth is not None
+            vectors = grid.vectors.numpy(), grid.worth.numpy()
+            _round_vectors(lines, steps, vectors, among, inside, start, end)
         if end < target.shape[1]:
             far = errors[:, start:end] @ columns[start:end, end:]
             target[:, end:] -= far
@@ -165,6 +231,8 @@ class _Steps(NamedTuple):
     offset: np.ndarray
     levels: np.ndarray
     group_of: np.ndarray
+    kept: np.ndarray
+    free: np.ndarray
 
 
 @compiled
@@ -173,10 +241,13 @@ def _round_tile(
 ) -> None:
     """Round the columns from `start` to `end`; what errors do inside the tile is done at once."""
     target, moved, errors, codes = lines
-    scale, column_scale, lowest, highest, offset, levels, group_of = steps
-    both = among.shape[0] > 0
+    scale, column_scale, lowest, highest, offset, levels, group_of, kept, free = steps
+    both, some_kept = among.shape[0] > 0, kept.shape[0] > 0
     for i in range(target.shape[0]):
         for j in range(start, end):
+            if some_kept and kept[i, j]:
+                free[i, j], codes[i, j], errors[i, j] = target[i, j], 0, 0
+                continue
             group = group_of[j]
             step = scale[i, group] * column_scale[j]
             exact = (target[i, j] - offset[i, group]) / step
@@ -201,3 +272,83 @@ def _round_tile(
                 share = among[i, other]
                 for k in range(start, end):
                     target[other, k] -= share * (errors[i, k] + moved[i, k])
+
+
+@compiled
+def _round_vectors(
+    lines: _Lines,
+    steps: _Steps,
+    vectors: tuple[np.ndarray, np.ndarray],
+    among: np.ndarray,
+    inside: np.ndarray,
+    start: int,
+    end: int,
+) -> None:
+    """Round the columns from `start` to `end`, as many together as a vector has."""
+    target, moved, errors, codes = lines
+    scale, column_scale, group_of = steps.scale, steps.column_scale, steps.group_of
+    sizes, worth = vectors
+    both, width = among.shape[0] > 0, sizes.shape[1]
+    tried, signs = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(target.shape[0]):
+        for j in range(start, end, width):
+            least, best = np.float32(np.inf), 0
+            for number in range(len(sizes) + 1):
+                # Once more for the best, whose errors are then kept.
+                vector = number if number < len(sizes) else best
+                total = np.float32(0)
+                for k in range(width):
+                    exact = target[i, j + k]
+                    for before in range(k):
+                        exact -= tried[before] * inside[j + before - start, j + k - start]
+                    step = scale[i, group_of[j + k]] * column_scale[j + k]
+                    signs[k] = 1 if (exact >= 0) == (step >= 0) else -1
+                    tried[k] = exact - signs[k] * sizes[vector, k] * step
+                    total += tried[k] * tried[k] * worth[j + k]
+                    if total >= least and number < len(sizes):
+                        break
+                if total < least:
+                    least, best = total, vector
+            for k in range(width):
+                codes[i, j + k] = np.int16(signs[k] * sizes[best, k])
+                errors[i, j + k] = tried[k]
+                for later in range(j + width, end):
+                    share = tried[k] * inside[j + k - start, later - start]
+                    target[i, later] -= share
+            if both:
+                for later in range(j, end):
+                    for k in range(min(width, later - j)):
+                        moved[i, later] += tried[k] * inside[j + k - start, later - start]
+        if both:
+            for other in range(i + 1, target.shape[0]):
+                share = among[i, other]
+                for k in range(start, end):
+                    target[other, k] -= share * (errors[i, k] + moved[i, k])
+
+
+@compiled
+def vector_error(
+    x: np.ndarray, share: np.ndarray, scale: np.ndarray, sizes: np.ndarray, error: np.ndarray
+) -> None:
+    """Sum, in each part, the weighted squared error of the nearest vectors; signs are free.
+
+    Args:
+        x: `parts width`, of whole vectors.
+        share: How much each squared error counts.
+        scale: Of each part, above 0.
+        error: Of each part; written.
+    """
+    width = sizes.shape[1]
+    for part in range(len(x)):
+        error[part] = 0
+        for j in range(0, x.shape[1], width):
+            least = np.float32(np.inf)
+            for vector in range(len(sizes)):
+                total = np.float32(0)
+                for k in range(width):
+                    apart = abs(x[part, j + k]) - scale[part] * sizes[vector, k]
+                    total += apart * apart * share[part, j + k]
+                    if total >= least:
+                        break
+                least = min(least, total)
+            error[part] += least

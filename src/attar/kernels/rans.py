@@ -12,8 +12,10 @@ https://arxiv.org/abs/1402.3392, section 2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from jaxtyping import Real, UInt8, UInt16, UInt32, UInt64
+from jaxtyping import Int64, Real, UInt8, UInt16, UInt32, UInt64
 
 from attar.errors import ModelError
 from attar.kernels.compiled import compiled
@@ -70,29 +72,56 @@ def encode(
     return np.concatenate([state.astype("<u4").view(np.uint8), stream.view(np.uint8)])
 
 
+class Walk(NamedTuple):
+    """Where a context depends on the symbols before, every line of them has a state of its own.
+
+    Attributes:
+        follows: State and whether the symbol is odd to the next state; lines begin in state 0.
+        more: Added to the context in each state.
+        lines: Symbol i belongs to line i mod this.
+    """
+
+    follows: Int64[np.ndarray, "states two"]
+    more: Int64[np.ndarray, " states"]
+    lines: int
+
+
+STILL = Walk(np.zeros((1, 2), np.int64), np.zeros(1, np.int64), 1)
+
+
 def decode(
-    stored: UInt8[np.ndarray, " bytes"], contexts: UInt8[np.ndarray, " n"], frequencies: Frequencies
+    stored: UInt8[np.ndarray, " bytes"],
+    contexts: UInt8[np.ndarray, " n"],
+    frequencies: Frequencies,
+    walk: Walk = STILL,
 ) -> UInt16[np.ndarray, " n"]:
     """Undo `encode`; what lies behind the coded bytes is not read.
+
+    Args:
+        contexts: Without what the state of a line adds.
 
     Raises:
         ModelError: These bytes are not what `encode` made with these frequencies.
     """
     states, words = _parts(stored, n_lanes(len(contexts)))
     symbols = np.empty(len(contexts), np.uint16)
-    if _pull_all(contexts, _table(frequencies), states, words, symbols) > len(words):
+    lines = np.zeros(walk.lines, np.int64)
+    if _pull_all(contexts, _table(frequencies), states, words, symbols, walk, lines) > len(words):
         raise _damaged("it ends too early.")
     if bool((states != LOWEST).any()):
         raise _damaged("its end does not fit its start.")
     return symbols
 
 
-def reference_decode(stored: bytes, contexts: list[int], frequencies: list[list[int]]) -> list[int]:
+def reference_decode(
+    stored: bytes, contexts: list[int], frequencies: list[list[int]], walk: Walk = STILL
+) -> list[int]:
     """Decode one symbol after the other, in plain whole numbers. Slow and obvious."""
     lanes = n_lanes(len(contexts))
     states = [int.from_bytes(stored[4 * i : 4 * i + 4], "little") for i in range(lanes)]
-    position, symbols = 4 * lanes, []
-    for i, context in enumerate(contexts):
+    position, symbols, lines = 4 * lanes, [], [0] * walk.lines
+    for i, known in enumerate(contexts):
+        context = known + int(walk.more[lines[i % walk.lines]])
         state, symbol, start = states[i % lanes], 0, 0
         slot = state % TOTAL
         while start + frequencies[context][symbol] <= slot:
@@ -104,6 +133,7 @@ def reference_decode(stored: bytes, contexts: list[int], frequencies: list[list[
             position += 2
         states[i % lanes] = state
         symbols.append(symbol)
+        lines[i % walk.lines] = int(walk.follows[lines[i % walk.lines], symbol % 2])
     assert states == [LOWEST] * lanes
     return symbols
 
@@ -177,13 +207,16 @@ def _pull_all(
     states: np.ndarray,
     words: np.ndarray,
     symbols: np.ndarray,
+    walk: Walk,
+    lines: np.ndarray,
 ) -> int:
     """Decode from the first symbol to the last. Gives the words needed: too many where damaged."""
     position = 0
     for i in range(len(contexts)):
-        lane = i % len(states)
+        lane, line = i % len(states), i % len(lines)
         now = states[lane]
-        slot = np.uint64(contexts[i]) << np.uint64(PRECISION) | now & np.uint64(TOTAL - 1)
+        context = contexts[i] + walk.more[lines[line]]
+        slot = np.uint64(context) << np.uint64(PRECISION) | now & np.uint64(TOTAL - 1)
         entry = table[slot]
         now = (now >> np.uint64(PRECISION)) * (entry & np.uint64(0xFFFF))
         now += entry >> np.uint64(16) & np.uint64(0xFFFF)
@@ -194,4 +227,5 @@ def _pull_all(
             position += 1
         states[lane] = now
         symbols[i] = np.uint16(entry >> np.uint64(32))
+        lines[line] = walk.follows[lines[line], symbols[i] & 1]
     return position

@@ -16,7 +16,7 @@ so that the order does not change what is stored. C may be one matrix per group 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -130,19 +130,27 @@ class Order:
 
 
 def rounding_order(
-    moment: Float[Tensor, "groups side side"], damping_fraction: float = DAMPING_FRACTION
+    moment: Float[Tensor, "groups side side"],
+    damping_fraction: float = DAMPING_FRACTION,
+    *,
+    in_place: bool = False,
+    together: int = 1,
 ) -> Order:
-    """Dearest first."""
+    """Dearest first, so many neighbours together; or all in place."""
     dear = moment.diagonal(dim1=1, dim2=2).sum(0)
-    order = torch.argsort(dear, descending=True, stable=True)
+    if in_place:
+        order = torch.arange(len(dear))
+    else:
+        blocks = torch.argsort(dear.view(-1, together).sum(1), descending=True, stable=True)
+        order = (blocks[:, None] * together + torch.arange(together)).flatten()
     return Order(order, *feedback_factor(moment[:, order][:, :, order], damping_fraction))
 
 
-def order_of_rows(rows: RowWeights | None) -> Order | None:
+def order_of_rows(rows: RowWeights | None, *, in_place: bool = False) -> Order | None:
     """Order in which rows are rounded; None where they do not depend on each other."""
     if rows is None or rows.moment is None:
         return None
-    return rounding_order(rows.moment[None], ROW_DAMPING_FRACTION)
+    return rounding_order(rows.moment[None], ROW_DAMPING_FRACTION, in_place=in_place)
 
 
 class Turn(NamedTuple):
@@ -161,16 +169,21 @@ class Turn(NamedTuple):
     feedback: Float[Tensor, "columns columns"]
 
 
-def turns(moment: Tensor | None, rows: RowWeights | None, n_rows: int, columns: int) -> list[Turn]:
+def turns(
+    moment: Tensor | None, rows: RowWeights | None, n_rows: int, columns: int, together: int = 1
+) -> list[Turn]:
     """Cut the rows into groups of one moment each.
 
     Without a full moment columns stay in place, and nothing is fed back.
+
+    Args:
+        together: Columns that are rounded as one.
     """
     if moment is None or moment.dim() == 1:
         places, nothing = torch.arange(columns), torch.eye(columns)[None]
         order, row_order = Order(places, nothing, torch.ones(1, columns)), None
     else:
-        order, row_order = rounding_order(moment), order_of_rows(rows)
+        order, row_order = rounding_order(moment, together=together), order_of_rows(rows)
     each = n_rows // len(order.feedback)
     found = []
     for number, feedback in enumerate(order.feedback):
@@ -205,14 +218,13 @@ def round_turns(
 ) -> Int16[Tensor, "rows columns"]:
     """Round a weight to a grid; rows and columns of both as they stand."""
     codes = torch.empty(weight.shape, dtype=torch.int16)
-    for own, order, row_order, feedback in some:
-        part = replace(
-            grid.of_rows(own),
-            group_of=grid.group_of[order.places],
-            column_scale=grid.column_scale[order.places],
-        )
+    for number, (own, order, row_order, feedback) in enumerate(some):
+        part = grid.of_rows(own).of_columns(order.places, order.lasting[number].square())
         made = feed_rows(weight, own, order.places, feedback, row_order, part)
-        codes[own] = made[:, torch.argsort(order.places)]
+        back = torch.argsort(order.places)
+        codes[own] = made[:, back]
+        if grid.free is not None and part.free is not None:
+            grid.free[own] = part.free[:, back]
     return codes
 
 

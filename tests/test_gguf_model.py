@@ -19,6 +19,8 @@ from attar.load.gguf_file import read_gguf
 from attar.load.gguf_model import read_gguf_model
 from attar.load.model import load_model
 from attar.records import Recipe
+from attar.transform.llama_blocks import TYPES
+from attar.transform.quantize_llama import QuantizeLlama
 
 LETTERS = "abcdefgh the 12\n"
 
@@ -158,8 +160,26 @@ def test_a_plan_with_a_treatment_llama_cpp_does_not_know_is_refused(compressed, 
 
 
 def test_llama_cpp_gives_the_same_answers(compressed):
+    check_answers_of_llama_cpp(compressed[1] / gguf_model.FILE)
+
+
+@pytest.mark.parametrize("name", ["IQ4_XS", "IQ3_S", "IQ2_S"])
+def test_llama_cpp_reads_blocks_of_256_as_we_do(name, source, tmp_path):
+    config, parts = {**LLAMA, "intermediate_size": 256}, read_gguf_model(source)
+    stored = {n: gguf_model.Stored(t) for n, t in state_of(random_model(config)).items()}
+    for layer in (0, 1):
+        own = f"model.layers.{layer}.mlp.down_proj.weight"
+        made = QuantizeLlama(name).apply(stored[own].values.float(), None).tensors["blocks"]
+        stored[own] = gguf_model.Stored(made, TYPES[name].number)
+    path = tmp_path / "wide.gguf"
+    described = {**parts.architecture.config, **config}
+    path.write_bytes(gguf_model.file_contents(stored, described, parts.files, "w")[gguf_model.FILE])
+    check_answers_of_llama_cpp(path)
+
+
+def check_answers_of_llama_cpp(path):
     """It rounds activations to 8 bits and keeps keys and values in 16, so nearly the same."""
-    path, prompt = compressed[1] / gguf_model.FILE, "the 12 cab of the"
+    prompt = "the 12 cab of the"
     wanted = xllamacpp.CommonParams()
     wanted.model.path = str(path)
     wanted.n_ctx, wanted.cpuparams.n_threads = 64, 1

@@ -85,6 +85,17 @@ def test_scales_fitted_here_lose_no_more_than_those_of_the_gguf_package_or_plain
     assert found < plain
 
 
+@pytest.mark.parametrize("small, large", [("IQ3_S", "Q3_K"), ("IQ2_S", "Q2_K")])
+def test_lists_of_vectors_lose_no_more_than_larger_or_equal_plain_types(small, large):
+    assert TYPES[small].block_bytes <= TYPES[large].block_bytes
+    weight = random(48, 256)
+    lost = [
+        float((QuantizeLlama(name).apply(weight, None).dense - weight).square().sum())
+        for name in (small, large)
+    ]
+    assert lost[0] < 0.95 * lost[1]
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q4_1", "Q5_1", "Q8_0"])
 def test_old_types_lose_no_more_than_the_gguf_packages_own_rounding(name):
     weight, number = random(32, 256), gguf.GGMLQuantizationType(TYPES[name].number)
@@ -94,7 +105,9 @@ def test_old_types_lose_no_more_than_the_gguf_packages_own_rounding(name):
     assert found <= expected
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "Q4_0"])
+@pytest.mark.parametrize(
+    "name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ2_S", "Q4_0"]
+)
 def test_feedback_loses_less_on_both_sides(name):
     weight, c, r = random(40, 256), moment(256), moment(40, seed=5)
     told = RowWeights(r[0].diagonal(), torch.ones(40), r[0])

@@ -19,7 +19,7 @@ AVERAGE_BITS = (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7)
 FIXED_BITS = (4, 8)
 # Types of llama.cpp: those that want rows of whole blocks of 256, and those of 32.
 LLAMA_TYPES = (
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ2_S", "Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
 )
 LOW_RANK = 4

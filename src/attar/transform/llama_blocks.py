@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +59,8 @@ class BlockType:
         pack: To `n block_bytes`.
         unpack: Back.
         levels: Of each code, where they are no whole numbers in a row.
+        unit: What a sub-scale of 1 stands for, in d.
+        vectors: Where a code is a level with its sign: the sizes that neighbours can have together.
     """
 
     number: int
@@ -70,6 +74,8 @@ class BlockType:
     pack: Callable[[Blocks], UInt8s]
     unpack: Callable[[UInt8s], Blocks]
     levels: tuple[int, ...] | None = None
+    unit: float = 1.0
+    vectors: Callable[[], npt.NDArray[np.float32]] | None = None
 
     @property
     def has_minimum(self) -> bool:
@@ -257,6 +263,104 @@ def _unpack_q6(raw: UInt8s) -> Blocks:
     return Blocks(d, np.zeros_like(d), scales, np.zeros_like(scales), codes)
 
 
+def _pack_iq4(b: Blocks) -> UInt8s:
+    shifted = b.scales + 32
+    high = (shifted >> 4 << 2 * np.arange(8)).sum(1).astype("<u2").view(np.uint8).reshape(-1, 2)
+    low = (shifted[:, ::2] & 15 | (shifted[:, 1::2] & 15) << 4).astype(np.uint8)
+    return np.concatenate([_half(b.d), high, low, _nibbles(b.codes, 16)], axis=1)
+
+
+def _unpack_iq4(raw: UInt8s) -> Blocks:
+    high = np.ascontiguousarray(raw[:, 2:4]).view("<u2").astype(np.int64) >> 2 * np.arange(8) & 3
+    low = np.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    d, scales = _to_half(raw[:, :2]), (low | high << 4) - 32
+    return Blocks(d, np.zeros_like(d), scales, np.zeros_like(scales), _from_nibbles(raw[:, 8:], 16))
+
+
+# --- vectors of a list, with free signs
+
+
+@cache
+def _sizes(name: str) -> npt.NDArray[np.float32]:
+    """Read the list from the package `gguf`, `vectors width`, all above 0."""
+    import gguf
+
+    kind: Any = getattr(gguf.quants, name)
+    kind.init_grid()
+    sizes: npt.NDArray[np.float32] = kind.grid[0, 0].astype(np.float32)
+    return sizes
+
+
+def _places(codes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Find the vector of each few neighbours: `n vectors`."""
+    keys = 64 ** np.arange(sizes.shape[1], dtype=np.int64)
+    listed = sizes.astype(np.int64) @ keys
+    order = np.argsort(listed)
+    wanted = np.abs(codes).reshape(len(codes), -1, sizes.shape[1]) @ keys
+    return np.asarray(order[np.searchsorted(listed[order], wanted)])
+
+
+def _signs(codes: np.ndarray) -> UInt8s:
+    flags = (codes < 0).reshape(len(codes), -1, 8)
+    packed: UInt8s = np.packbits(flags, axis=2, bitorder="little").reshape(len(codes), -1)
+    return packed
+
+
+def _signed(places: np.ndarray, sizes: np.ndarray, signs: UInt8s) -> np.ndarray:
+    levels = sizes[places].reshape(len(places), -1).astype(np.int64)
+    negative = np.unpackbits(signs, axis=1, bitorder="little")
+    return np.asarray(np.where(negative, -levels, levels))
+
+
+def _high_bits(places: np.ndarray, width: int) -> UInt8s:
+    """What does not fit a byte: `width` bits each, 8 / width in a byte."""
+    shares = (places >> 8).reshape(len(places), -1, 8 // width) << width * np.arange(8 // width)
+    packed: UInt8s = shares.sum(2).astype(np.uint8)
+    return packed
+
+
+def _from_high_bits(raw: UInt8s, width: int) -> np.ndarray:
+    shares = raw[:, :, None].astype(np.int64) >> width * np.arange(8 // width) & (1 << width) - 1
+    return np.asarray(shares.reshape(len(raw), -1) << 8)
+
+
+def _odd_scales(scales: np.ndarray) -> UInt8s:
+    half = scales >> 1
+    packed: UInt8s = (half[:, ::2] | half[:, 1::2] << 4).astype(np.uint8)
+    return packed
+
+
+def _from_odd_scales(raw: UInt8s) -> np.ndarray:
+    half = np.stack([raw & 15, raw >> 4], axis=2).reshape(len(raw), -1)
+    return np.asarray(2 * half.astype(np.int64) + 1)
+
+
+def _pack_iq3(b: Blocks) -> UInt8s:
+    places = _places(b.codes, _sizes("IQ3_S"))
+    parts = [(places & 255).astype(np.uint8), _high_bits(places, 1), _signs(b.codes)]
+    return np.concatenate([_half(b.d), *parts, _odd_scales(b.scales)], axis=1)
+
+
+def _unpack_iq3(raw: UInt8s) -> Blocks:
+    places = raw[:, 2:66] | _from_high_bits(raw[:, 66:74], 1)
+    codes = _signed(places, _sizes("IQ3_S"), raw[:, 74:106])
+    d, scales = _to_half(raw[:, :2]), _from_odd_scales(raw[:, 106:])
+    return Blocks(d, np.zeros_like(d), scales, np.zeros_like(scales), codes)
+
+
+def _pack_iq2(b: Blocks) -> UInt8s:
+    places = _places(b.codes, _sizes("IQ2_S"))
+    parts = [(places & 255).astype(np.uint8), _signs(b.codes), _high_bits(places, 2)]
+    return np.concatenate([_half(b.d), *parts, _odd_scales(b.scales)], axis=1)
+
+
+def _unpack_iq2(raw: UInt8s) -> Blocks:
+    places = raw[:, 2:34] | _from_high_bits(raw[:, 66:74], 2)
+    codes = _signed(places, _sizes("IQ2_S"), raw[:, 34:66])
+    d, scales = _to_half(raw[:, :2]), _from_odd_scales(raw[:, 74:])
+    return Blocks(d, np.zeros_like(d), scales, np.zeros_like(scales), codes)
+
+
 _NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 TYPES: dict[str, BlockType] = {
@@ -275,6 +379,17 @@ TYPES: dict[str, BlockType] = {
         lambda b: _pack_small(b, with_min=False, fifth_bit=False),
         lambda raw: _unpack_small(raw, with_min=False, fifth_bit=False),
         _NL_LEVELS,
+    ),
+    "IQ4_XS": BlockType(
+        23, 256, 8, 136, 4, 0, (-32, 31), 0, _pack_iq4, _unpack_iq4, _NL_LEVELS
+    ),
+    "IQ3_S": BlockType(
+        21, 256, 8, 110, 3, 0, (1, 31), 0, _pack_iq3, _unpack_iq3,
+        vectors=lambda: _sizes("IQ3_S"),
+    ),
+    "IQ2_S": BlockType(
+        22, 256, 16, 82, 2, 0, (1, 31), 0, _pack_iq2, _unpack_iq2, unit=0.125,
+        vectors=lambda: _sizes("IQ2_S"),
     ),
 }  # fmt: skip
 """llama.cpp's name of a type to what it is."""

@@ -20,6 +20,7 @@ from jaxtyping import Float, Float16, Float32, Int16
 from torch import Tensor
 
 from attar.errors import SettingError
+from attar.kernels import feedback
 from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.transform import groups
@@ -31,6 +32,8 @@ from attar.transform.quantize_feedback import round_turns, turns
 RANGE_FACTORS = tuple(round(1.05 - 0.06 * k, 2) for k in range(8))
 FINE_STEPS = (-0.03, 0.03)
 FEW_FACTORS, FEW_FROM_BITS = 3, 6
+# Shares of the scale with which sizes are on average those of the list.
+VECTOR_FACTORS = (0.85, 0.95, 1.05, 1.2)
 # In place of a step of 0, by which nothing can be divided.
 TINY = 1e-30
 
@@ -110,7 +113,7 @@ def grid_of(blocks: Blocks, form: BlockType, rows: int) -> Grid:
         exact = halves.astype(np.float32)[:, None] * whole.astype(np.float32)
         return torch.from_numpy(exact).view(rows, -1)
 
-    scale = product(blocks.d, blocks.scales)
+    scale = product(blocks.d, blocks.scales) * form.unit
     parts, width = scale.shape[1], form.columns // form.parts
     lowest = torch.full_like(scale, 0.0 if form.levels else -form.zero)
     return Grid(
@@ -121,6 +124,7 @@ def grid_of(blocks: Blocks, form: BlockType, rows: int) -> Grid:
         highest=lowest + (2**form.bits - 1),
         offset=-product(blocks.dmin, blocks.mins) if form.has_minimum else None,
         levels=torch.tensor(form.levels, dtype=torch.float32) if form.levels else None,
+        vectors=torch.from_numpy(form.vectors()) if form.vectors else None,
     )
 
 
@@ -131,7 +135,9 @@ def _rounded(
     grid = grid_of(blocks, form, len(weight))
     # Where a part is all zeros, any code is right, but its step must be a number.
     grid = replace(grid, scale=torch.where(grid.scale == 0, TINY, grid.scale))
-    codes = round_turns(weight, turns(moment, rows, *weight.shape), grid)
+    together = 1 if grid.vectors is None else grid.vectors.shape[1]
+    some = turns(moment, rows, len(weight), weight.shape[1], together)
+    codes = round_turns(weight, some, grid)
     return codes if form.levels else codes + form.zero
 
 
@@ -148,6 +154,8 @@ def fit(
     width = form.columns // form.parts
     x = weight.float().reshape(-1, form.parts, width)
     share = torch.ones_like(x) if importance is None else importance.float().reshape(x.shape)
+    if form.vectors:
+        return _fit_vectors(x, share, form, torch.from_numpy(form.vectors()))
     scale, minimum = _best_range(x, share, form)
     d, scales = _shared(scale, form.scale_limits)
     dmin, mins = _shared(minimum, (0, form.largest_min))
@@ -155,6 +163,29 @@ def fit(
         scales, mins = _stepped(x, share, form, (d, scales), (dmin, mins))
     return Blocks(
         d.numpy(), dmin.numpy(), scales.long().numpy(), mins.long().numpy(),
+        np.zeros((len(x), form.columns), np.int64),
+    )  # fmt: skip
+
+
+def _fit_vectors(x: Parts, share: Parts, form: BlockType, sizes: Tensor) -> Blocks:
+    """Choose scales of a type whose neighbours have sizes of a list together; all are odd."""
+    flat, weight = (t.reshape(-1, x.shape[2]).contiguous().numpy() for t in (x, share))
+    of_list = float(sizes.square().mean().sqrt())
+    even = x.square().mean(-1).sqrt() / of_list
+    best, least = even, torch.full_like(even, torch.inf)
+    for factor in VECTOR_FACTORS:
+        error = torch.empty(len(flat))
+        tried = (even * factor).flatten().numpy()
+        feedback.vector_error(flat, weight, tried, sizes.numpy(), error.numpy())
+        better = error.view_as(least) < least
+        least = torch.where(better, error.view_as(least), least)
+        best = torch.where(better, even * factor, best)
+    d, _ = _shared(best / form.unit, form.scale_limits)
+    divisor = torch.where(d == 0, torch.inf, d.float() * form.unit)[:, None]
+    odd = ((best / divisor - 1) / 2).round().clamp(0, form.scale_limits[1] // 2) * 2 + 1
+    nothing = torch.zeros_like(odd).long().numpy()
+    return Blocks(
+        d.numpy(), torch.zeros_like(d).numpy(), odd.long().numpy(), nothing,
         np.zeros((len(x), form.columns), np.int64),
     )  # fmt: skip
 

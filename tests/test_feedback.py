@@ -139,3 +139,19 @@ def test_the_error_of_vectors_is_that_of_the_nearest_of_the_list():
             apart = [np.abs(x[part, j : j + 2]) - 0.5 * size for size in sizes]
             total += min(float((a**2 * share[part, j : j + 2]).sum()) for a in apart)
         assert found[part] == pytest.approx(total, rel=1e-5)
+
+
+def test_kept_weights_take_up_what_is_fed_to_them_as_the_formula_does():
+    weight, above, left = random(9, 40), factors(moment(9, 1))[0], factors(moment(40, 2))[0]
+    kept = random(9, 40, seed=8) > 1.0
+    results = []
+    for round_ in (reference_round, round_both):
+        free = torch.zeros(9, 40)
+        codes = round_(weight, above, left, replace(grid(9, 40), kept=kept, free=free))
+        assert not codes[kept].any() and not free[~kept].any()
+        results.append((codes, free))
+    (expected, of_reference), (found, free) = results
+    assert float((found != expected).float().mean()) < 0.02
+    assert torch.allclose(free, of_reference, atol=1e-3) and not torch.equal(
+        free[kept], weight[kept]
+    )

@@ -9,6 +9,7 @@ import torch
 from attar.errors import ModelError, SettingError
 from attar.records import RowWeights, Unit
 from attar.transform.quantize_levels import LEVELS, QuantizeLevels
+from attar.transform.quantize_rtn import QuantizeRtn
 
 
 def random(*shape, seed=0):
@@ -83,6 +84,33 @@ def test_feedback_loses_less_on_both_sides(name):
         losses.append(float((r[0].double() @ change @ c[0].double() * change).sum()))
     nearest, columns, both = losses
     assert both < 0.95 * columns < 0.8 * nearest
+
+
+@pytest.mark.parametrize("name, exponent_bits", [("fp4_e1m2", 1), ("fp4", 2), ("fp4_e3m0", 3)])
+def test_small_floats_are_all_codes_of_their_format(name, exponent_bits):
+    """LLM-FP4, eq. 3: sign, exponent e and fraction m, with e = 0 for the numbers next to 0."""
+    found, fraction_bits = set(), 3 - exponent_bits
+    for e in range(2**exponent_bits):
+        for m in range(2**fraction_bits):
+            part = m / 2**fraction_bits
+            found.add(part * 2.0 if e == 0 else (1 + part) * 2.0**e)
+    listed = np.array([v for v in LEVELS[name] if v >= 0])
+    exact = np.array(sorted(found))
+    # Up to one factor, which is in the scale of a group.
+    assert np.allclose(listed / listed[-1], exact / exact[-1])
+
+
+def test_the_best_four_bit_float_of_each_weight_beats_rounding_to_even_steps():
+    """LLM-FP4's `works_when`: a searched format loses less than INT4, rounded to nearest."""
+    for seed, tail in enumerate((0.0, 0.3, 0.8)):
+        weight = random(64, 128, seed=seed) * torch.exp(tail * random(64, 128, seed=seed + 9))
+        floats = ("fp4", "fp4_e1m2", "fp4_e3m0")
+        lost = [
+            float((QuantizeLevels(name, 64).apply(weight, None).dense - weight).square().sum())
+            for name in floats
+        ]
+        even = QuantizeRtn(4, 64, True, False).apply(weight, None).dense - weight
+        assert min(lost) < float(even.square().sum())
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 6, 33])

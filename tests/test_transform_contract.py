@@ -32,8 +32,9 @@ TRIED = {
     "search": (False,),  # the default, with search, is always tried too
     "bfloat16": (False, True),
     "by_worth": (True,),  # the default is False
-    "levels": ("nf4", "fp8", "ternary"),
-    "type": ("Q8_0", "Q5_1", "IQ4_NL", "Q3_K"),
+    "trellis": (False, True),
+    "levels": ("nf4", "fp8", "ternary", "fp4_e3m0"),
+    "type": ("Q8_0", "Q5_1", "IQ4_NL", "Q3_K", "IQ4_XS"),
 }
 ALL = pytest.mark.parametrize("kind", TRANSFORMS.values(), ids=TRANSFORMS)
 

@@ -32,7 +32,7 @@ GAIN_BITS, GAIN_FIXED_BITS = 3, 4
 # Treatments whose errors cancel over what they were fitted to.
 FEEDS_BACK = (
     *("quantize_feedback", "quantize_entropy", "quantize_levels", "quantize_llama"),
-    "quantize_low_rank",
+    *("quantize_codebook", "quantize_low_rank", "quantize_outliers"),
 )
 
 

@@ -77,22 +77,22 @@ class Grid:
         offset = None if self.offset is None else self.offset[rows].contiguous()
         parts = (t[rows].contiguous() for t in (self.scale, self.lowest, self.highest))
         scale, lowest, highest = parts
-        made = replace(self, scale=scale, lowest=lowest, highest=highest, offset=offset)
-        if self.kept is None or self.free is None:
-            return made
-        return replace(made, kept=self.kept[rows], free=self.free[rows])
+        kept = None if self.kept is None else self.kept[rows]
+        free = None if self.free is None else self.free[rows]
+        return replace(
+            self, scale=scale, lowest=lowest, highest=highest, offset=offset, kept=kept, free=free
+        )
 
     def of_columns(self, columns: Int[Tensor, " columns"], worth: Tensor) -> Grid:
         """The same with columns in another order, in which `worth` is already."""
-        made = replace(
+        return replace(
             self,
             group_of=self.group_of[columns],
             column_scale=self.column_scale[columns],
             worth=worth,
+            kept=None if self.kept is None else self.kept[:, columns],
+            free=None if self.free is None else self.free[:, columns],
         )
-        if self.kept is None or self.free is None:
-            return made
-        return replace(made, kept=self.kept[:, columns], free=self.free[:, columns])
 
 
 def reference_round(

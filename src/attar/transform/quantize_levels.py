@@ -4,7 +4,10 @@
 
     fp8     E4M3: 8 bits, to ±448
     fp4     E2M1: ±0, 0.5, 1, 1.5, 2, 3, 4, 6
-    mxfp4   the same in groups of 32 columns whose scale is a power of two, in 8 bits
+    fp4_e1m2, fp4_e3m0
+            the two other ways to spend three bits on exponent and fraction: even steps, and powers
+            of two; which of the three a unit gets, the planner or a plan says
+    mxfp4   fp4 in groups of 32 columns whose scale is a power of two, in 8 bits
     nf4     16 quantiles of a normal distribution
     ternary −1, 0 and 1, five in a byte
 
@@ -14,6 +17,8 @@ squared error; then each weight is rounded with feedback between columns and row
 
 Source: Micikevicius et al. 2022, FP8 formats for deep learning, https://arxiv.org/abs/2209.05433,
 table 1; OCP Microscaling Formats specification 1.0, sections 5.2 and 5.3 (E2M1, scales E8M0);
+Liu et al. 2023, LLM-FP4, https://arxiv.org/abs/2310.16836, eq. 3 to 9 (formats of four bits and
+their bias, searched; the bias is in our scale);
 Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314, eq. 4 and appendix E (NF4); Ma et al.
 2024, https://arxiv.org/abs/2402.17764, eq. 1 to 3 (ternary). We differ in the search for the scale,
 and in rounding with error feedback where all of them take the nearest value. Groups, but for
@@ -61,6 +66,15 @@ def _small_float(exponent: int, fraction: int, parts: int, bias: int) -> float:
 _E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+# All of one bit of exponent and two of fraction, and of three bits of exponent and no fraction.
+_E1M2 = tuple(0.25 * k for k in range(1, 8))
+_E3M0 = tuple(2.0 ** (k - 3) for k in range(1, 8))
+
+
+def _signed(sizes: tuple[float, ...]) -> tuple[float, ...]:
+    return (*(-size for size in reversed(sizes)), 0.0, *sizes)
+
+
 def _normal_float(bits: int = 4) -> tuple[float, ...]:
     """Quantiles of a normal distribution, 0 among them, over the largest: eq. 4, both halves."""
     half = 2 ** (bits - 1)
@@ -78,8 +92,10 @@ def _normal_float(bits: int = 4) -> tuple[float, ...]:
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "fp8": _e4m3(),
-    "fp4": (*(-v for v in reversed(_E2M1)), 0.0, *_E2M1),
-    "mxfp4": (*(-v for v in reversed(_E2M1)), 0.0, *_E2M1),
+    "fp4": _signed(_E2M1),
+    "fp4_e1m2": _signed(_E1M2),
+    "fp4_e3m0": _signed(_E3M0),
+    "mxfp4": _signed(_E2M1),
     "nf4": _normal_float(),
     "ternary": (-1.0, 0.0, 1.0),
 }

@@ -121,8 +121,10 @@ def test_curvature_of_linear_maps_is_what_loops_sum():
         means = [mean, weighted_mean(parts[4:], name)]
         assert np.allclose(curvature.means, means, **CLOSE)
         first, second = (weighted_moment(half, name, about=mean) for half in (parts[:4], parts[4:]))
-        assert np.allclose(curvature.first[0], first, **CLOSE)
-        assert np.allclose(curvature.second[0], second, **CLOSE)
+        # On other data the mean may be another: a quarter of its square stays.
+        may_differ = 0.25 * np.outer(mean, mean)
+        assert np.allclose(curvature.first[0], first + may_differ, **CLOSE)
+        assert np.allclose(curvature.second[0], second + may_differ, **CLOSE)
         power = sum(p[name][0] ** 2 for p in parts) / 7
         assert np.allclose(found.column_power[name], power, **CLOSE)
     assert found.n_predictions == 7 and found.n_samples == {"": 7}
@@ -193,7 +195,7 @@ def test_curvature_of_convolutions_is_what_loops_sum_in_each_group(name):
     (curvature,) = found.curvatures[name]
     mean = entered / n_positions
     assert np.allclose(curvature.means[0], mean.flatten(), **CLOSE)
-    about_mean = columns / n_positions - np.einsum("gc,gd->gcd", mean, mean)
+    about_mean = columns / n_positions - 0.75 * np.einsum("gc,gd->gcd", mean, mean)
     assert np.allclose(curvature.columns, about_mean, **CLOSE)
     # Positions are independent: G is their sum, A their mean, so that damage is per picture.
     assert np.allclose(curvature.rows, rows / 3, **CLOSE)
@@ -343,7 +345,8 @@ def test_maps_that_read_one_tensor_share_one_moment():
     mean = weighted_mean(by_hand(module, halves[0]), *names)
     for found_half, half in zip((q.first, q.second), halves, strict=True):
         about_mean = weighted_moment(by_hand(module, half), *names, about=mean)
-        assert np.allclose(found_half[0], about_mean, **CLOSE)
+        may_differ = 0.25 * np.outer(mean, mean)
+        assert np.allclose(found_half[0], about_mean + may_differ, **CLOSE)
 
 
 def test_of_maps_that_read_one_tensor_only_those_with_a_bias_leave_its_mean_out():
@@ -358,7 +361,7 @@ def test_of_maps_that_read_one_tensor_only_those_with_a_bias_leave_its_mean_out(
     ]
     assert q.first is v.first and k.first is not q.first and k.means is None
     mean = q.means[0]
-    assert np.allclose(k.first[0], q.first[0] + torch.outer(mean, mean), **CLOSE)
+    assert np.allclose(k.first[0], q.first[0] + 0.75 * torch.outer(mean, mean), **CLOSE)
 
 
 def test_an_input_whose_answer_does_not_matter_does_not_count():

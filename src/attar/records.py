@@ -185,7 +185,7 @@ class Curvature:
     an embedding R is the frequency of each token and C is G.
     Both are known in two halves from different samples: what was rounded on one is priced on the
     other. Where a bias takes the mean error of the output away, C is about the mean of what
-    enters, and not about zero.
+    enters, and not about zero, but for a part of it (`moments.MEAN_HEDGE`).
 
     Attributes:
         rows: R: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.

@@ -37,7 +37,7 @@ from attar.explain.gatherer import (
     curvature_shapes,
     kept_numbers,
 )
-from attar.explain.moments import add_second_moment, hedged, token_frequency
+from attar.explain.moments import MEAN_HEDGE, add_second_moment, hedged, token_frequency
 from attar.kernels.symmetric import Packed, Symmetric
 from attar.memory import release
 from attar.parallel import in_order
@@ -265,7 +265,8 @@ def _moments(pair: Pair, biased: bool, done: dict[tuple[int, bool], Moments]) ->
     """C of both halves, about the mean where a bias takes the mean error away.
 
     What was rounded on the first half moves the bias by the mean of the first half. So C of the
-    second, which prices it, is about that mean too: the two halves' means differ by chance.
+    second, which prices it, is about that mean too: the two halves' means differ by chance. And
+    the mean of other data by more than chance: a part of its square stays in C.
     """
     seen = [use.columns for use in pair if use is not None]
     key = (id(seen[0]), biased)
@@ -282,7 +283,7 @@ def _about(columns: Columns, means: Tensor | None) -> Tensor | Symmetric:
     if means is None:
         return columns.moment
     moment, own = deepcopy(columns.moment), columns.total
-    for shift, times in ((own, -1.0), (own - means[0], 1.0)):
+    for shift, times in ((own, -1.0), (own - means[0], 1.0), (means[0], MEAN_HEDGE)):
         add_second_moment(moment, _as_value(moment, shift), times)
     if isinstance(moment, Tensor):  # one that is packed is cut off there
         diagonal = moment if moment.dim() == 1 else moment.diagonal(dim1=1, dim2=2)

@@ -215,9 +215,9 @@ def measure_pairs(
     with session.progress.stage("measure pairs", len(pairs)) as advance:
         for pair, price in zip(pairs, prices, strict=True):
             transform = build_transform(*pair.treatment)
-            (made,) = pricing.treat_held_out(session, pair.unit, [transform], statistics)
+            weight = session.weight(pair.unit)
+            (made,) = pricing.treat_held_out(pair.unit, weight, [transform], statistics)
             if price is not None and isinstance(made, Replacement):
-                weight = session.weight(pair.unit)
                 rows.append(
                     {
                         "model": name,

@@ -47,16 +47,29 @@ def nothing(unit):
     return None, None
 
 
-def applied(
-    module, choices=CHOICES, known=nothing, price=lambda unit, change: (0.0, None), units=UNITS
-):
+def free(unit, change):
+    return 0.0, None
+
+
+def facts(module, known=nothing, price=free):
+    def of(unit):
+        weight = module.get_parameter(f"{unit.name}.weight").detach()
+        bias = module.get_parameter(unit.bias).detach() if unit.bias else None
+        return weight.reshape(unit.rows, unit.columns), bias, known, price
+
+    return of
+
+
+def one_by_one(work, units):
+    return [work(unit)() for unit in units]
+
+
+def applied(module, choices=CHOICES, known=nothing, price=free, units=UNITS):
     return apply_choices(
-        module,
         units,
         choices,
-        known=known,
-        price=price,
-        for_each=lambda work: map(work, units),
+        facts=facts(module, known, price),
+        for_each=one_by_one,
         progress=Silent(),
         made={},
     )
@@ -117,12 +130,10 @@ def test_ties_stay_ties_in_the_copy():
     unit = Unit("table", "embedding", (9, 4), ("embedding", "linear"))
     choice = Candidate("table", "quantize_rtn", {"bits": 2, "group_size": 0}, Cost(0, 0), 0.0)
     treated, _ = apply_choices(
-        module,
         Units((unit,), ()),
         {"table": choice},
-        known=nothing,
-        price=lambda unit, change: (0.0, None),
-        for_each=lambda work: map(work, (unit,)),
+        facts=facts(module),
+        for_each=one_by_one,
         progress=Silent(),
         made={},
     )
@@ -206,12 +217,10 @@ def test_what_was_made_before_is_not_made_again():
         return 0.0, None
 
     again, listed = apply_choices(
-        module,
         UNITS,
         CHOICES,
-        known=nothing,
-        price=price,
-        for_each=lambda work: map(work, UNITS),
+        facts=facts(module, price=price),
+        for_each=one_by_one,
         progress=Silent(),
         made={name: (first[name], receipt[0])},
     )

@@ -85,8 +85,8 @@ def priced(units, treatments, treat, price, build=build_transform):
         units,
         {u.name: treatments for u in units},
         build=build,
-        price=price_all,
-        for_each=lambda work: map(work, units),
+        price=lambda unit: price_all,
+        for_each=lambda work: [work(unit)() for unit in units],
         progress=Silent(),
     )
 

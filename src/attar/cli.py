@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attar.command_output import check_json, quieten, screen, show, write_json
-from attar.errors import AttarError
+from attar.command_output import check_json, fail, quieten, screen, show, write_json
+from attar.errors import AttarError, Terminated
 from attar.options import (
     MODEL_HELP,
     AcceptLicence,
@@ -35,6 +35,7 @@ from attar.options import (
     Out,
     PlanFile,
     Recovery,
+    Restart,
     Rounds,
     Seed,
     Size,
@@ -43,6 +44,7 @@ from attar.options import (
     TaskName,
     Threads,
     To,
+    Workers,
 )
 from attar.progress import open_progress
 from attar.records import Recipe
@@ -50,7 +52,7 @@ from attar.records import Recipe
 if TYPE_CHECKING:
     from attar.records import Verdict
 
-PASSED, FAILED, WRONG, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
+PASSED, FAILED, UNDECIDED, INTERRUPTED = 0, 1, 3, 130
 # Typer brings its own copy of click or imports it, by version; this is what all its errors share.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -79,11 +81,13 @@ def compress(
     recovery: Recovery = None,
     audit: Audit = None,
     threads: Threads = 2,
+    workers: Workers = "",
     rounds: Rounds = 2,
     to: To = "attar",
     decide: Decide = "price",
     accept_licence: AcceptLicence = False,
     force: Force = False,
+    restart: Restart = False,
 ) -> int:
     """Fit a model into a size, and report what that cost."""
     from attar import pipeline
@@ -91,7 +95,7 @@ def compress(
 
     recipe = _recipe(locals())
     with open_progress() as progress:
-        report = pipeline.compress(recipe, out, force=force, progress=progress)
+        report = pipeline.compress(recipe, out, force=force, restart=restart, progress=progress)
     show(report_to_text(report, **screen()))
     return _exit_code(report.verdict)
 
@@ -113,27 +117,32 @@ def plan(
     recovery: Recovery = None,
     audit: Audit = None,
     threads: Threads = 2,
+    workers: Workers = "",
     rounds: Rounds = 2,
     to: To = "attar",
     decide: Decide = "price",
     accept_licence: AcceptLicence = False,
     force: Force = False,
+    restart: Restart = False,
 ) -> None:
     """Decide only; write a plan to read and edit, or what is lost at every size."""
     from attar import pipeline
     from attar.export.text_file import check_new_file, write_whole
     from attar.plan.planfile import plan_to_yaml
     from attar.report.terminal import plan_to_text
+    from attar.resuming import discard
 
     _check_one_of(size, frontier, out)
     recipe = _recipe({**locals(), "size": size or ""})
     if frontier is not None:
-        _plan_all_sizes(recipe, frontier, force)
+        _plan_all_sizes(recipe, frontier, force=force, restart=restart)
         return
     if out is not None:
         check_new_file(out, force=force)
+        if restart:
+            discard(out)
     with open_progress() as progress:
-        made, session = pipeline.plan(recipe, progress=progress)
+        made, session = pipeline.plan(recipe, out, progress=progress)
     if out is not None:
         write_whole(out, plan_to_yaml(made))
     show(plan_to_text(made, session.units.units, **screen()))
@@ -148,17 +157,19 @@ def apply(
     size: SizeOrNone = None,
     factory: Factory = None,
     threads: Threads = 2,
+    workers: Workers = "",
     accept_licence: AcceptLicence = False,
     force: Force = False,
+    restart: Restart = False,
 ) -> int:
     """Do what a plan says, without deciding again, or fit a frontier's --size without pricing."""
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
-    recipe = Recipe("", size or "", factory=factory, threads=threads, accept_licence=accept_licence)
+    recipe = _recipe({**locals(), "model": "", "size": size or ""})
     do = pipeline.apply_plan_file if size is None else pipeline.apply_frontier_file
     with open_progress() as progress:
-        report = do(plan_file, out, recipe=recipe, force=force, progress=progress)
+        report = do(plan_file, out, recipe=recipe, force=force, restart=restart, progress=progress)
     show(report_to_text(report, **screen()))
     return _exit_code(report.verdict)
 
@@ -184,6 +195,7 @@ def explain(
     recovery: Recovery = None,
     audit: Audit = None,
     threads: Threads = 2,
+    workers: Workers = "",
     accept_licence: AcceptLicence = False,
 ) -> None:
     """Say what every unit of a model is worth."""
@@ -324,13 +336,13 @@ def _recipe(arguments: Mapping[str, Any]) -> Recipe:
     return Recipe(**chosen)
 
 
-def _plan_all_sizes(recipe: Recipe, folder: Path, force: bool) -> None:
+def _plan_all_sizes(recipe: Recipe, folder: Path, *, force: bool, restart: bool) -> None:
     """Do what `attar plan --frontier` does."""
     from attar import pipeline
     from attar.report.frontier import frontier_to_text
 
     with open_progress() as progress:
-        found = pipeline.frontier(recipe, folder, force=force, progress=progress)
+        found = pipeline.frontier(recipe, folder, force=force, restart=restart, progress=progress)
     show(frontier_to_text(found, **screen()))
     then = f"attar apply {folder} --size SIZE --out DIR"
     show(f"\npicture  {folder / 'frontier.html'}\nnext     {then}")
@@ -360,7 +372,7 @@ def _exit_code(verdict: Verdict) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; two lines on stderr for a mistake."""
     if arguments is None:  # as a program of its own, a termination cleans up like Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminate)
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [word for word in typed if word != "--debug"] or ["--help"]
@@ -370,26 +382,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AttarError as error:
         if debug:
             raise
-        return _fail(error.problem, error.hint)
+        return fail(error.problem, error.hint)
     except UsageError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "attar"
-        return _fail(error.format_message(), f"type {command} --help")
-    except KeyboardInterrupt:
-        code = INTERRUPTED
+        return fail(error.format_message(), f"type {command} --help")
+    except KeyboardInterrupt as told:
+        code, how = INTERRUPTED, "terminated" if isinstance(told, Terminated) else "interrupted"
     except MemoryError:
         if debug:
             raise
-        return _fail("there is not enough memory.", "use a smaller model, or --calibration N")
+        return fail("there is not enough memory.", "use a smaller model, or --calibration N")
     if code == INTERRUPTED:
-        typer.echo("interrupted; nothing was written.", err=True)
+        typer.echo(f"{how}; nothing was written.", err=True)
         if arguments is None:  # native threads that were cut short now and then abort a usual exit
             sys.stdout.flush()
             os._exit(INTERRUPTED)
     return int(code or PASSED)
 
 
-def _fail(problem: str, hint: str) -> int:
-    one_line = [" ".join(text.split()) for text in (problem, hint)]
-    typer.echo("error: {}\nhint: {}".format(*one_line), err=True)
-    return WRONG
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+WRONG = 2  # exit code of a mistake in what was typed or given
 NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
 
 
@@ -49,3 +50,10 @@ def quieten(debug: bool) -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when pip is started
+
+
+def fail(problem: str, hint: str) -> int:
+    """Say what is wrong and what to type instead, on stderr; the exit code of a mistake."""
+    one_line = [" ".join(text.split()) for text in (problem, hint)]
+    typer.echo("error: {}\nhint: {}".format(*one_line), err=True)
+    return WRONG

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from attar import pricing, writing
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
+from attar.explain.statistics import of_unit
 from attar.plan import candidates as menus
 from attar.plan.frontier import corrected, spread_sizes
 from attar.plan.solve import weight_bytes
@@ -79,9 +82,12 @@ class Relevance:
 def explain(session: Session) -> Statistics:
     """Gather A and G of the original, and how far rows and positions hang together."""
     with session.timed("explain"):
-        statistics = session.gather()
+        statistics = session.finished.once("statistics", session.gather)
         statistics = replace(statistics, row_gain=pricing.row_gain(session, statistics))
-        return replace(statistics, coherence=pricing.coherence(session, statistics))
+        coherence = session.finished.once(
+            "coherence", lambda: pricing.coherence(session, statistics)
+        )
+        return replace(statistics, coherence=coherence)
 
 
 def relevance(statistics: Statistics) -> Relevance:
@@ -123,8 +129,12 @@ def price_treatments(
             session.units,
             treatments,
             build=build_transform,
-            price=lambda unit, treatments: pricing.price_all(session, unit, treatments, statistics),
-            for_each=lambda work: session.for_each_unit(work),
+            price=lambda unit: partial(
+                pricing.price_all, session.weight(unit), of_unit(statistics, unit.name)
+            ),
+            for_each=lambda work: session.for_each_unit(
+                work, step=lambda unit: f"price of {unit.name} for {treatments[unit.name]}"
+            ),
             progress=session.progress,
         )
 
@@ -159,7 +169,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         decided.plan,
         predicted_damage=done.predicted_damage * correction,
         rounds=tuple(rounds),
-        notes=(*session.notes, *_refusals(candidates)),
+        notes=(*session.notes, *menus.refusals(candidates)),
     )
     return _packed(replace(decided, plan=corrected))
 
@@ -287,14 +297,14 @@ def _carry_out(
 
     with session.timed("transform"):
         treated, applied = apply_choices(
-            session.model.module,
             session.units,
             choices,
-            known=lambda unit: pricing.known(unit, statistics),
-            price=lambda unit, change: pricing.price_change(
-                unit, change, statistics, choices[unit.name].treatment
+            facts=lambda unit: pricing.facts(
+                session, statistics, unit, choices[unit.name].treatment
             ),
-            for_each=lambda work: session.for_each_unit(work),
+            for_each=lambda work, left: session.for_each_unit(
+                work, left, step=lambda unit: f"treated {_written({unit.name: choices[unit.name]})}"
+            ),
             progress=session.progress,
             made={} if before is None else _same(before, choices),
         )
@@ -311,6 +321,11 @@ def _carry_out(
     decided = Decided(made, Receipt(applied, session.units.leftovers), treated)
     weighed = writing.overhead_bytes(session, decided)
     return replace(decided, plan=replace(made, overhead_bytes=weighed))
+
+
+def _written(choices: Mapping[str, Candidate]) -> str:
+    """Write down all that treating these units depends on beside the run itself."""
+    return json.dumps({name: [c.treatment, dict(c.settings)] for name, c in choices.items()})
 
 
 def _same(before: Decided, choices: Mapping[str, Candidate]) -> dict[str, Done]:
@@ -333,20 +348,23 @@ def _measured(session: Session, decided: Decided, correction: float) -> Round:
         with substituted(module, weights):
             return task.forward(module, batch)  # type: ignore[arg-type]
 
-    with session.timed("measure"):
-        found = measure(
+    def damage() -> float:
+        return measure(
             session.model,
             compressed,  # type: ignore[arg-type]
             session.data.recovery,
             session.divergence,
             progress=session.progress,
             stage="measure",
-        )
+        ).mean_divergence
+
+    with session.timed("measure"):
+        measured = session.finished.once(f"damage of {_written(decided.plan.choices)}", damage)
     predicted = decided.plan.predicted_damage
     return Round(
         predicted_damage=predicted,
         corrected_damage=predicted * correction,
-        measured_damage=found.mean_divergence,
+        measured_damage=measured,
         weight_bytes=decided.plan.weight_bytes,
     )
 
@@ -359,7 +377,10 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
     """
     with session.timed("price again"):
         share = REPRICED_SHARE_OF_SEQUENCES if session.predicts_everywhere else REPRICED_SHARE
-        probed = pricing.probe(session, decided.treated, share)
+        probed = session.finished.once(
+            f"prices at {_written(decided.plan.choices)}",
+            lambda: pricing.probe(session, decided.treated, share),
+        )
     scaled = {}
     for unit in session.units:
         here = decided.plan.choices[unit.name].predicted_damage or 0.0
@@ -372,16 +393,3 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
             for c in candidates[unit.name]
         ]
     return scaled
-
-
-def _refusals(candidates: Candidates) -> tuple[str, ...]:
-    """One line for each reason a treatment was refused, with how many units it was refused for."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for name, options in candidates.items():
-        for option in options:
-            if option.refused is not None:
-                reasons.setdefault((option.treatment, option.refused), []).append(name)
-    return tuple(
-        f"{treatment} refused for {len(names)} unit(s) such as {names[0]}: it {reason}"
-        for (treatment, reason), names in reasons.items()
-    )

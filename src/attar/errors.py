@@ -6,11 +6,17 @@ AttarError
 ├── BudgetError       a budget that cannot be read or cannot be met
 ├── PlanError         a plan that names what is not there or breaks its budget
 ├── SettingError      a setting outside its range
-└── OutputError       a folder that exists, cannot be written, or is full
+├── OutputError       a folder that exists, cannot be written, or is full
+└── WorkerError       workers that cannot be reached, do not fit, or were lost
 
 Each carries what was found (`problem`) and what to type instead (`hint`). The command line prints
 the two and exits with code 2.
 """
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 
 class AttarError(Exception):
@@ -25,6 +31,10 @@ class AttarError(Exception):
         super().__init__(f"{problem}\nhint: {hint}")
         self.problem = problem
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go from one process to another whole."""
+        return partial(type(self), hint=self.hint), (self.problem,)
 
 
 class ModelError(AttarError, ValueError):
@@ -49,3 +59,11 @@ class SettingError(AttarError, ValueError):
 
 class OutputError(AttarError, OSError):
     """A folder that exists, cannot be written, or is full."""
+
+
+class WorkerError(AttarError, RuntimeError):
+    """Workers that cannot be reached, do not fit, or were lost."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The system, not a person at the keyboard, told the run to end (SIGTERM)."""

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from attar import decide, judging, pipeline, serving
 from attar.errors import PlanError
-from attar.export.attar_folder import check_output
 from attar.export.text_file import write_whole
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.records import (
@@ -287,7 +286,9 @@ def compress(
     seed: int = 0,
     to: str = "attar",
     decide_by: str = "price",
+    workers: str = "",
     force: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Do all of it, and write the model with its report to a folder.
@@ -296,15 +297,25 @@ def compress(
         to: "gguf" writes one file that llama.cpp runs.
         decide_by: See `plan`.
         model: From `load`, or what `load` takes.
+        workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
         force: Replace what an earlier run wrote to `out`.
+        restart: Do again what an earlier run that was killed has finished.
 
     Raises:
         AttarError: What was found and what to do instead; nothing is written then.
     """
-    recipe = Recipe(model="", size=size, keep=tuple(keep), seed=seed, to=to, decide=decide_by)
+    recipe = Recipe(
+        model="",
+        size=size,
+        keep=tuple(keep),
+        seed=seed,
+        to=to,
+        decide=decide_by,
+        workers=workers,
+    )
     check_form(recipe)
     check_decider(recipe)
-    check_output(Path(out), force=force)
+    pipeline.check_output(Path(out), force=force, restart=restart)
     opened = model if isinstance(model, Model) else load(model)
     recipe = replace(recipe, model=opened.name)
     return pipeline.compress_session(_open(recipe, opened, data, progress), Path(out))

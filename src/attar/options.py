@@ -68,6 +68,13 @@ Threads = Annotated[
     int,
     typer.Option(min=1, metavar="N", help="Pieces of work at once; the result stays the same."),
 ]
+Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|ADDRESS",
+        help="Start N workers, or join a Ray (ray://HOST:10001); the result stays the same.",
+    ),
+]
 AcceptLicence = Annotated[
     bool, typer.Option("--accept-licence", help="You accept the terms of a model that has some.")
 ]
@@ -81,6 +88,9 @@ Decide = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Do again what a run that was killed had finished.")
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the same facts as JSON.")
 ]

@@ -16,9 +16,17 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Work = Callable[[], Result]
+"""A piece of work: a function of a module with all it needs, so that it can be done elsewhere."""
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], at_once: int | None = None
+) -> Iterator[Result]:
     """Do work on every item, as many at once as torch has threads; yield results in order.
+
+    Args:
+        at_once: How many instead, where `work` only waits for what is done elsewhere.
 
     What holds for the calling thread only (`torch.no_grad`, `sites.substituted`) does not hold
     inside `work`, which must ask for it itself.
@@ -26,7 +34,10 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
     threads = torch.get_num_threads()
     # OpenMP counts threads for each thread that asks, so each worker must be told.
     tell = torch.set_num_threads
-    with one_thread(), ThreadPoolExecutor(threads, initializer=tell, initargs=(1,)) as pool:
+    with (
+        one_thread(),
+        ThreadPoolExecutor(at_once or threads, initializer=tell, initargs=(1,)) as pool,
+    ):
         yield from pool.map(work, items)
 
 

@@ -28,22 +28,38 @@ from attar.records import (
 from attar.reopening import open_plan, open_prices
 from attar.report.frontier import frontier_to_html
 from attar.report.html import write_report
+from attar.resuming import discard
 from attar.session import Session, open_model, open_recipe
 from attar.trials import check_decider
 
 
 def compress(
-    recipe: Recipe, out: Path, *, force: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Write the model the recipe asks for to `out`, with a report on what that cost.
+
+    Args:
+        restart: Do again what an earlier run that was killed has finished.
 
     Raises:
         AttarError: What was found and what to type instead; nothing is written then.
     """
     writing.check_form(recipe)
     check_decider(recipe)
-    attar_folder.check_output(out, force=force)
+    check_output(out, force=force, restart=restart)
     return compress_session(open_recipe(recipe, progress), out)
+
+
+def check_output(out: Path, *, force: bool, restart: bool) -> None:
+    """Refuse an output folder before any work is done for it; begin anew where that is asked."""
+    attar_folder.check_output(out, force=force)
+    if restart:
+        discard(out)
 
 
 def compress_session(
@@ -56,29 +72,37 @@ def compress_session(
     """
     check_wishes(session)
     forecast = judging.forecast_memory(session)
-    statistics = decide.explain(session)
-    scores = score_all(session, statistics)
-    candidates = priced or decide.price(session, statistics)
-    decided = decide.plan(session, candidates, statistics)
-    relevance = decide.relevance(statistics)
-    del statistics  # the largest thing in memory, and the audit does not need it
-    return _finish(session, decided, scores, relevance, out, forecast)
+    with session.keeping(out) as session:
+        statistics = decide.explain(session)
+        scores = score_all(session, statistics)
+        candidates = priced or decide.price(session, statistics)
+        decided = decide.plan(session, candidates, statistics)
+        relevance = decide.relevance(statistics)
+        del statistics  # the largest thing in memory, and the audit does not need it
+        return _finish(session, decided, scores, relevance, out, forecast)
 
 
 def apply_plan_file(
-    path: Path, out: Path, *, recipe: Recipe, force: bool = False, progress: Progress | None = None
+    path: Path,
+    out: Path,
+    *,
+    recipe: Recipe,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Do what a plan.yaml says, edited or not, without deciding again."""
-    attar_folder.check_output(out, force=force)
+    check_output(out, force=force, restart=restart)
     plan, session = open_plan(path, recipe, progress)
     writing.check_model(session)
     forecast = judging.forecast_memory(session)
-    statistics = decide.explain(session)
-    scores = score_all(session, statistics)
-    decided = decide.follow(session, plan, statistics)
-    relevance = decide.relevance(statistics)
-    del statistics
-    return _finish(session, decided, scores, relevance, out, forecast)
+    with session.keeping(out) as session:
+        statistics = decide.explain(session)
+        scores = score_all(session, statistics)
+        decided = decide.follow(session, plan, statistics)
+        relevance = decide.relevance(statistics)
+        del statistics
+        return _finish(session, decided, scores, relevance, out, forecast)
 
 
 def _finish(
@@ -123,27 +147,39 @@ def _finish(
     return report
 
 
-def plan(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Plan, Session]:
-    """Decide only. The plan of the result can be written, edited and applied."""
+def plan(
+    recipe: Recipe, out: Path | None = None, *, progress: Progress | None = None
+) -> tuple[Plan, Session]:
+    """Decide only. The plan of the result can be written, edited and applied.
+
+    Args:
+        out: Where it will be written; what is finished is kept beside it meanwhile.
+    """
     writing.check_form(recipe)
     check_decider(recipe)
     session = open_recipe(recipe, progress)
     check_wishes(session)
-    statistics = decide.explain(session)
-    candidates = decide.price(session, statistics)
-    return decide.plan(session, candidates, statistics).plan, session
+    with session.keeping(out) as session:
+        statistics = decide.explain(session)
+        candidates = decide.price(session, statistics)
+        return decide.plan(session, candidates, statistics).plan, session
 
 
-def frontier(recipe: Recipe, out: Path, *, force: bool, progress: Progress | None) -> Frontier:
+def frontier(
+    recipe: Recipe, out: Path, *, force: bool, restart: bool = False, progress: Progress | None
+) -> Frontier:
     """Price once, and write what the least damage is at every size, as a page and as JSON."""
     writing.check_form(recipe)
     check_decider(recipe)
     attar_folder.check_output(out, force=force, holds=(FRONTIER_FILE,), option="--frontier")
+    if restart:
+        discard(out)
     session = open_recipe(recipe, progress)
     writing.check_model(session)
     check_keep(session.units, recipe.keep)
-    statistics = decide.explain(session)
-    made = decide.frontier(session, decide.price(session, statistics), statistics)
+    with session.keeping(out) as session:
+        statistics = decide.explain(session)
+        made = decide.frontier(session, decide.price(session, statistics), statistics)
     with attar_folder.replaced_folder(out) as partial:
         texts = {FRONTIER_FILE: frontier_to_json(made), "frontier.html": frontier_to_html(made)}
         attar_folder.write_files(partial, {name: text.encode() for name, text in texts.items()})
@@ -156,6 +192,7 @@ def apply_frontier_file(
     *,
     recipe: Recipe,
     force: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compress to any size from the prices of a frontier.
@@ -163,7 +200,7 @@ def apply_frontier_file(
     Args:
         recipe: The size, and what the file does not hold; see `open_plan`.
     """
-    attar_folder.check_output(out, force=force)
+    check_output(out, force=force, restart=restart)
     candidates, session = open_prices(path, recipe, progress)
     return compress_session(session, out, candidates)
 

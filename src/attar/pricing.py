@@ -19,9 +19,18 @@ from attar.explain import price
 from attar.explain.price import bias_change
 from attar.explain.probe import Changes, Probed
 from attar.explain.probe import probe as probe_changes
+from attar.explain.statistics import of_unit
+from attar.parallel import Work
 from attar.records import Replacement, RowWeights, Statistics, Transform, Unit
 from attar.session import Session
-from attar.transform.apply import Treated, build_transform, check_finite, substitutions, treat
+from attar.transform.apply import (
+    Facts,
+    Treated,
+    build_transform,
+    check_finite,
+    substitutions,
+    treat,
+)
 
 # Width of the rounding error on which coherence is measured: one that the plan often makes.
 REFERENCE_BITS = 4
@@ -37,7 +46,7 @@ FEEDS_BACK = (
 
 
 def price_change(
-    unit: Unit, change: Tensor, statistics: Statistics, treatment: str
+    statistics: Statistics, treatment: str, unit: Unit, change: Tensor
 ) -> tuple[float, Tensor | None]:
     """Price a change that a treatment made of a weight, `rows columns`.
 
@@ -50,16 +59,20 @@ def price_change(
 
 
 def price_all(
-    session: Session,
+    weight: Tensor,
+    statistics: Statistics,
     unit: Unit,
     treatments: Sequence[tuple[str, Transform]],
-    statistics: Statistics,
 ) -> Iterator[float | AttarError]:
     """Price each treatment of a unit, rounded on one half of the statistics, on the other.
 
     Of a large weight some rows stand for all.
+
+    Args:
+        weight: The unit's, `rows columns`.
+        statistics: Of this unit, at least: see `of_unit`.
     """
-    weight, curvatures = session.weight(unit), statistics.curvatures[unit.name]
+    curvatures = statistics.curvatures[unit.name]
     check_finite(unit, weight)
     moment = price.rounding_moment(curvatures, held_out=True)
     sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
@@ -85,25 +98,32 @@ def row_gain(session: Session, statistics: Statistics) -> dict[str, float]:
     Rounded on the first half of the statistics, priced on the second.
     """
 
-    def compare(unit: Unit) -> float | None:
-        weight, curvatures = session.weight(unit), statistics.curvatures[unit.name]
-        rows = price.row_weights(curvatures, held_out=True)
-        check_finite(unit, weight)
-        if rows.moment is None:
-            return None
-        moment = price.rounding_moment(curvatures, held_out=True)
-        transform = _of_gain(session, unit)
-        damages = []
-        for told in (rows, replace(rows, moment=None)):
-            made = next(treat(weight, moment, [transform], told, for_price=True))
-            if not isinstance(made, Replacement):
-                return None
-            damages.append(price.damage(made.dense - weight, curvatures, held_out=True))
-        both, alone = damages
-        return both / alone if alone > 0 else None
+    def work(unit: Unit) -> Work[float | None]:
+        own = of_unit(statistics, unit.name)
+        return partial(_gain_of_rows, unit, session.weight(unit), own, _of_gain(session, unit))
 
-    found = zip(session.units, session.for_each_unit(compare), strict=True)
+    gains = session.for_each_unit(work, step=lambda unit: f"row gain of {unit.name}")
+    found = zip(session.units, gains, strict=True)
     return {unit.name: gain for unit, gain in found if gain is not None}
+
+
+def _gain_of_rows(
+    unit: Unit, weight: Tensor, statistics: Statistics, transform: Transform
+) -> float | None:
+    curvatures = statistics.curvatures[unit.name]
+    rows = price.row_weights(curvatures, held_out=True)
+    check_finite(unit, weight)
+    if rows.moment is None:
+        return None
+    moment = price.rounding_moment(curvatures, held_out=True)
+    damages = []
+    for told in (rows, replace(rows, moment=None)):
+        made = next(treat(weight, moment, [transform], told, for_price=True))
+        if not isinstance(made, Replacement):
+            return None
+        damages.append(price.damage(made.dense - weight, curvatures, held_out=True))
+    both, alone = damages
+    return both / alone if alone > 0 else None
 
 
 def _of_gain(session: Session, unit: Unit) -> Transform:
@@ -114,8 +134,15 @@ def _of_gain(session: Session, unit: Unit) -> Transform:
     return build_transform("quantize_feedback", {"bits": GAIN_FIXED_BITS, "group_size": 0})
 
 
+def facts(session: Session, statistics: Statistics, unit: Unit, treatment: str) -> Facts:
+    """Take along what treating one unit needs, and nothing of the others."""
+    own = of_unit(statistics, unit.name)
+    told = partial(known, own), partial(price_change, own, treatment)
+    return session.weight(unit), session.bias(unit), *told
+
+
 def known(
-    unit: Unit, statistics: Statistics, *, held_out: bool = False
+    statistics: Statistics, unit: Unit, *, held_out: bool = False
 ) -> tuple[Tensor, RowWeights]:
     """What a treatment is told of a unit; of rows that hang together, where that pays."""
     curvatures = statistics.curvatures[unit.name]
@@ -145,18 +172,13 @@ def coherence(session: Session, statistics: Statistics) -> dict[str, dict[str, f
 def _ratios(
     session: Session, statistics: Statistics, reference: Transform, share: float
 ) -> dict[str, float]:
-    def make(unit: Unit) -> tuple[Treated, float] | None:
-        made = next(treat_held_out(session, unit, [reference], statistics))
-        if not isinstance(made, Replacement):
-            return None
-        change, curvatures = made.dense - session.weight(unit), statistics.curvatures[unit.name]
-        bias = None
-        if unit.bias:
-            bias = session.parameter(unit.bias) + bias_change(change, curvatures, held_out=True)
-        treated = Treated(unit, reference, made.tensors, made.unpacked, bias)
-        return treated, price.damage(change, curvatures, held_out=True)
+    def work(unit: Unit) -> Work[tuple[Treated, float] | None]:
+        own = of_unit(statistics, unit.name)
+        return partial(
+            _priced_alone, unit, session.weight(unit), session.bias(unit), own, reference
+        )
 
-    made = [one for one in session.for_each_unit(make) if one is not None]
+    made = [one for one in session.for_each_unit(work) if one is not None]
     changes = _changes(session, [one for one, _ in made])
     found = _damages(session, _probe(session, changes, share))
     ratios = {}
@@ -165,6 +187,19 @@ def _ratios(
         there = found.get(one.unit.name, 0.0)
         ratios[one.unit.name] = there / alone if there > 0 and alone > 0 else 1.0
     return ratios
+
+
+def _priced_alone(
+    unit: Unit, weight: Tensor, bias: Tensor | None, statistics: Statistics, reference: Transform
+) -> tuple[Treated, float] | None:
+    made = next(treat_held_out(unit, weight, [reference], statistics))
+    if not isinstance(made, Replacement):
+        return None
+    change, curvatures = made.dense - weight, statistics.curvatures[unit.name]
+    if bias is not None:
+        bias = bias + bias_change(change, curvatures, held_out=True)
+    treated = Treated(unit, reference, made.tensors, made.unpacked, bias)
+    return treated, price.damage(change, curvatures, held_out=True)
 
 
 def _changes(session: Session, treated: Iterable[Treated]) -> dict[str, Callable[[], Tensor]]:
@@ -215,12 +250,11 @@ def _probe(
 
 
 def treat_held_out(
-    session: Session, unit: Unit, transforms: Sequence[Transform], statistics: Statistics
+    unit: Unit, weight: Tensor, transforms: Sequence[Transform], statistics: Statistics
 ) -> Iterator[Replacement | AttarError]:
     """Try treatments on a unit's weight, rounded on the first half of the statistics."""
-    weight = session.weight(unit)
     check_finite(unit, weight)
-    moment, rows = known(unit, statistics, held_out=True)
+    moment, rows = known(statistics, unit, held_out=True)
     return treat(weight, moment, transforms, rows)
 
 

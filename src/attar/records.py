@@ -443,6 +443,8 @@ class Recipe:
         threads: Pieces of work done at once. What is computed does not depend on it.
         to: What is written: "attar", or "gguf" for a file that llama.cpp runs.
         decide: How candidates are chosen: a name in `plan.DECIDERS`.
+        workers: How many to start, or the address of a Ray to join; "" for threads of this process.
+            What is computed does not depend on it.
     """
 
     model: str
@@ -462,6 +464,7 @@ class Recipe:
     threads: int = 2
     to: str = "attar"
     decide: str = "price"
+    workers: str = ""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tu
             accept_licence=recipe.accept_licence,
             factory=recipe.factory,
             threads=recipe.threads,
+            workers=recipe.workers,
         )
         if is_factory(planned.model):
             own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.load.model import is_factory, load_model
 from attar.load.units import list_units
 from attar.memory import release, use_little
-from attar.parallel import in_order, one_thread
+from attar.parallel import Work, in_order, one_thread
 from attar.plan.size import parse_size
 from attar.records import (
     Batch,
@@ -39,7 +39,9 @@ from attar.records import (
     Unit,
     Units,
 )
+from attar.resuming import Finished, keeping, key_of
 from attar.transform.apply import build_transform
+from attar.workers import Workers, start
 
 # A prediction of a language model is one of thousands; one of a classifier is one of few, so more
 # answers are drawn for each to see as many gradients.
@@ -55,6 +57,8 @@ class Session:
     Attributes:
         folded: Norms folded into the layer before them, for rebuilding the module.
         seconds: Stage to seconds so far; the one thing here that grows.
+        workers: That were joined; None to work on threads of this process.
+        finished: What need not be done again, because a run that was killed has done it.
     """
 
     recipe: Recipe
@@ -66,6 +70,8 @@ class Session:
     notes: tuple[str, ...]
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    workers: Workers | None = None
+    finished: Finished = field(default_factory=Finished)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -97,15 +103,68 @@ class Session:
         """A unit's weight, `rows columns`."""
         return self.parameter(unit.name + ".weight").reshape(unit.rows, unit.columns)
 
+    def bias(self, unit: Unit) -> Tensor | None:
+        """A unit's bias that can take its mean error away, `rows`."""
+        return self.parameter(unit.bias) if unit.bias else None
+
     def parameter(self, name: str) -> Tensor:
         """A parameter of the original."""
         return self.model.module.get_parameter(name).detach()
 
-    def for_each_unit(self, work: Callable[[Unit], Result]) -> Iterator[Result]:
-        """Do work on every unit, in order, on all cores."""
-        for done in in_order(work, self.units):
+    def for_each_unit(
+        self,
+        work: Callable[[Unit], Work[Result]],
+        units: Sequence[Unit] | None = None,
+        step: Callable[[Unit], str] | None = None,
+    ) -> Iterator[Result]:
+        """Do a piece of work for each unit, in order, on all cores or by all workers.
+
+        Args:
+            work: Makes the piece of a unit.
+            units: Which; None for all.
+            step: Names what a piece makes, to keep it; None not to.
+        """
+
+        def do(unit: Unit) -> Result:
+            if step is None:
+                return self._do(work(unit), unit)
+            return self.finished.once(step(unit), lambda: self._do(work(unit), unit))
+
+        at_once = None if self.workers is None else self.workers.at_once
+        for done in in_order(do, self.units.units if units is None else units, at_once):
             release()
             yield done
+
+    def _do(self, work: Work[Result], unit: Unit) -> Result:
+        if self.workers is None:
+            return work()
+        return self.workers.do(work, f"unit {unit.name}", self.tell)
+
+    def tell(self, line: str) -> None:
+        """Say a line where progress is shown."""
+        with self.progress.stage(line, 0):
+            pass
+
+    @contextmanager
+    def keeping(self, out: Path | None) -> Iterator[Session]:
+        """Keep what is finished beside `out`, and go on from what is kept there; see `resuming`."""
+        if out is None:
+            yield self
+            return
+        with keeping(out, self._key(), self.tell) as finished:
+            yield replace(self, finished=finished)
+
+    def _key(self) -> dict[str, Any]:
+        """What must be the same for a finished step to be of use."""
+        with one_thread(), torch.no_grad():
+            answers = self.model.task.forward(self.model.module, self.model.examples)
+        hashes = {
+            "weights": state_hash(self.model.module),
+            "code": tensors_hash([{"answers": answers}]),
+            "data": tensors_hash([*self.data.calibration, *self.data.recovery]),
+            "slices": [list(labels) for labels in self.data.slices],
+        }
+        return key_of(self.recipe, hashes)
 
     def gather(self) -> Statistics:
         """Gather A and G of the original on calibration data."""
@@ -157,6 +216,16 @@ class Session:
         }
 
 
+def tensors_hash(batches: Iterable[Batch]) -> str:
+    """sha256 over the names and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in batch.items():
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def state_hash(module: nn.Module) -> str:
     """sha256 over the names and bytes of all parameters."""
     digest = hashlib.sha256()
@@ -197,6 +266,7 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
 def open_recipe(recipe: Recipe, progress: Progress | None = None) -> Session:
     """Load the model and its data."""
     shown = progress or Silent()
+    start(recipe.workers)  # what cannot be reached is refused before a model is loaded
     with shown.stage(f"load {recipe.model}", 0):
         model = open_model(recipe)
     return open_session(recipe, model, shown)
@@ -213,7 +283,8 @@ def open_session(
     Args:
         arrays: Samples at hand, used in place of what `recipe.data` names.
     """
-    start = time.perf_counter()
+    begin = time.perf_counter()
+    workers = start(recipe.workers)
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     use_little()
@@ -232,8 +303,10 @@ def open_session(
     notes = tuple(f"norm {line}" for line in stays)
     divergence = fit_divergence(model, data)
     release()
-    session = Session(recipe, model, units, data, divergence, folded, notes, progress)
-    session.seconds["load"] = time.perf_counter() - start
+    session = Session(
+        recipe, model, units, data, divergence, folded, notes, progress, workers=workers
+    )
+    session.seconds["load"] = time.perf_counter() - begin
     return session
 
 

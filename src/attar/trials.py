@@ -19,7 +19,7 @@ from attar.plan.solve import smallest, weight_bytes
 from attar.records import Batch, Candidate, Question, Recipe, Statistics, Trial
 from attar.session import Session
 from attar.sites import substituted
-from attar.transform.apply import Treated, build_transform, substitutions
+from attar.transform.apply import Treated, build_transform, substitutions, treat_as_chosen
 
 # Samples of the recovery data that trials run on; a language model's have hundreds of predictions.
 SAMPLES, SEQUENCES = 8, 2
@@ -120,9 +120,8 @@ class Trials:
         key = _key(candidate)
         if key not in self._made:
             unit = self.session.units.named(candidate.unit)
-            transform = build_transform(candidate.treatment, candidate.settings)
-            made = transform.apply(self.session.weight(unit), *pricing.known(unit, self.statistics))
-            self._made[key] = Treated(unit, transform, made.tensors, made.unpacked)
+            facts = pricing.facts(self.session, self.statistics, unit, candidate.treatment)
+            self._made[key], _ = treat_as_chosen(unit, candidate, facts)
         return self._made[key]
 
     def _measure(self, made: Mapping[str, Treated]) -> Trial:

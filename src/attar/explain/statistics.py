@@ -173,7 +173,7 @@ Kept = tuple[Half, Half, Half, Half | None, Tensor | None]
 """`rows`, `first`, `second`, `rows_first` and `means` of a curvature."""
 
 
-class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
+class Curvatures(Mapping[str, tuple[Curvature, ...]]):
     """Curvature of every unit; what is kept by half is made whole each time it is asked for."""
 
     def __init__(self, kept: Mapping[str, tuple[Kept, ...]]) -> None:
@@ -188,6 +188,10 @@ class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def only(self, name: str) -> Curvatures:
+        """Those of one unit."""
+        return Curvatures({name: self._kept[name]})
+
     @staticmethod
     def _whole(
         rows: Half, first: Half, second: Half, rows_first: Half | None, means: Tensor | None
@@ -200,6 +204,32 @@ class _Curvatures(Mapping[str, tuple[Curvature, ...]]):
             None if rows_first is None else _dense(rows_first),
             means,
         )
+
+
+def of_unit(statistics: Statistics, name: str) -> Statistics:
+    """Keep what pricing and treating one unit needs; its curvature stays as small as it is kept."""
+    curvatures = statistics.curvatures
+    if isinstance(curvatures, Curvatures):
+        curvatures = curvatures.only(name)
+    else:
+        curvatures = {name: curvatures[name]}
+    return Statistics(
+        curvatures=curvatures,
+        column_power={},
+        channel_relevance={},
+        unit_relevance={},
+        head_relevance={},
+        channel_activation={},
+        channel_taylor={},
+        n_predictions=statistics.n_predictions,
+        n_samples={},
+        coherence={kind: _only(of, name) for kind, of in statistics.coherence.items()},
+        row_gain=_only(statistics.row_gain, name),
+    )
+
+
+def _only(by_unit: Mapping[str, float], name: str) -> dict[str, float]:
+    return {name: by_unit[name]} if name in by_unit else {}
 
 
 def _dense(half: Half) -> Tensor:
@@ -217,7 +247,7 @@ Moments = tuple[Half, Half, Tensor | None]
 
 def _curvatures(
     units: Units, pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int
-) -> _Curvatures:
+) -> Curvatures:
     """Curvature of every unit; uses that share an input go on sharing its moment."""
     for columns in _distinct(pairs):
         columns.moment.div_(columns.mass or 1.0)
@@ -230,7 +260,7 @@ def _curvatures(
             for pair in pairs[unit.name]
         )
 
-    return _Curvatures({unit.name: of_unit(unit) for unit in units})
+    return Curvatures({unit.name: of_unit(unit) for unit in units})
 
 
 def _distinct(pairs: Mapping[str, Sequence[Pair]]) -> Iterable[Columns]:

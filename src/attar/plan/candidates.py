@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from attar.errors import AttarError, PlanError
+from attar.parallel import Work
 from attar.records import Candidate, Cost, Progress, Transform, Unit, Units
 
 Treatment = tuple[str, Mapping[str, Any]]
@@ -120,19 +122,20 @@ def price_candidates(
     treatments: Mapping[str, Sequence[Treatment]],
     *,
     build: Build,
-    price: Price,
-    for_each: Callable[[Callable[[Unit], list[Candidate]]], Iterable[list[Candidate]]],
+    price: Callable[[Unit], Price],
+    for_each: Callable[[Callable[[Unit], Work[list[Candidate]]]], Iterable[list[Candidate]]],
     progress: Progress,
 ) -> dict[str, list[Candidate]]:
     """Try every treatment on every unit and price the change it makes.
 
     Args:
-        price: Nats per prediction of each treatment of a unit, or why its values do not allow it.
-        for_each: Applies a function to every unit, in order; may work on several at once.
+        price: Of a unit, what gives nats per prediction of each treatment, or why its values do
+            not allow it.
+        for_each: Does a piece of work for every unit, in order; may do several at once.
     """
 
-    def price_one(unit: Unit) -> list[Candidate]:
-        return _price_unit(unit, treatments[unit.name], build, price)
+    def price_one(unit: Unit) -> Work[list[Candidate]]:
+        return partial(price_unit, unit, treatments[unit.name], build, price(unit))
 
     candidates: dict[str, list[Candidate]] = {}
     work = {unit.name: unit.n_weights * len(treatments[unit.name]) for unit in units}
@@ -143,7 +146,7 @@ def price_candidates(
     return candidates
 
 
-def _price_unit(
+def price_unit(
     unit: Unit,
     treatments: Sequence[Treatment],
     build: Build,
@@ -166,3 +169,16 @@ def _price_unit(
             else Candidate(unit.name, *t, cost, max(0.0, nats))
         )
     return candidates
+
+
+def refusals(candidates: Mapping[str, Sequence[Candidate]]) -> tuple[str, ...]:
+    """One line for each reason a treatment was refused, with how many units it was refused for."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, options in candidates.items():
+        for option in options:
+            if option.refused is not None:
+                reasons.setdefault((option.treatment, option.refused), []).append(name)
+    return tuple(
+        f"{treatment} refused for {len(names)} unit(s) such as {names[0]}: it {reason}"
+        for (treatment, reason), names in reasons.items()
+    )

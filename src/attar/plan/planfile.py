@@ -15,7 +15,7 @@ from attar.records import Budget, Candidate, Plan, Recipe, Transform, Units
 
 VERSION = 1
 # Said elsewhere in the plan, for the user alone to say, or without a bearing on the result.
-NOT_IN_RECIPE = {"model", "keep", "accept_licence", "threads"}
+NOT_IN_RECIPE = {"model", "keep", "accept_licence", "threads", "workers"}
 HEAD = """\
 # One line for each unit: its treatment and settings, the bytes they need, and the nats per
 # prediction they are expected to cost. Edit treatments and settings, then: attar apply plan.yaml

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import ModelError, SettingError
+from attar.parallel import Work
 from attar.records import (
     Applied,
     Candidate,
@@ -31,6 +32,8 @@ Known = Callable[[Unit], tuple[Tensor | None, RowWeights | None]]
 Price = Callable[[Unit, Tensor], tuple[float, Tensor | None]]
 """Nats per prediction of adding a change (`rows columns`) to a unit's weight, and what is added to
 its bias then, `rows`; None where it has none."""
+Facts = tuple[Tensor, Tensor | None, Known, Price]
+"""The weight (`rows columns`) and the bias (`rows`) of one unit, and what is known of that unit."""
 
 
 @dataclass(frozen=True)
@@ -119,56 +122,62 @@ def treat(
             yield error
 
 
+def treat_as_chosen(unit: Unit, choice: Candidate, facts: Facts) -> Done:
+    """Treat one unit's weight, and say what was done.
+
+    Raises:
+        ModelError: The weight is not finite.
+    """
+    weight, bias, known, price = facts
+    check_finite(unit, weight)
+    transform = build_transform(choice.treatment, choice.settings)
+    replacement = transform.apply(weight, *known(unit))
+    change = replacement.dense - weight
+    nats, to_bias = price(unit, change)
+    applied = Applied(
+        unit=unit.name,
+        treatment=choice.treatment,
+        settings=dict(choice.settings),
+        stored_bytes=sum(t.nbytes for t in replacement.tensors.values()),
+        predicted_damage=nats,
+        relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
+    )
+    if bias is not None and to_bias is not None:
+        bias = bias + to_bias
+    treated = Treated(unit, transform, replacement.tensors, replacement.unpacked, bias)
+    return treated, applied
+
+
 def apply_choices(
-    module: nn.Module,
     units: Units,
     choices: Mapping[str, Candidate],
     *,
-    known: Known,
-    price: Price,
-    for_each: Callable[[Callable[[Unit], Done]], Iterable[Done]],
+    facts: Callable[[Unit], Facts],
+    for_each: Callable[[Callable[[Unit], Work[Done]], Sequence[Unit]], Iterable[Done]],
     progress: Progress,
     made: Mapping[str, Done],
 ) -> tuple[dict[str, Treated], tuple[Applied, ...]]:
     """Treat every unit as chosen. The module is left as it is.
 
     Args:
-        for_each: Applies a function to every unit, in order; may work on several at once.
+        for_each: Does a piece of work for each of these units, in order; may do several at once.
         made: Units that were treated as chosen before; they are not treated again.
 
     Raises:
         ModelError: A weight is not finite.
     """
-    parameters = dict(module.named_parameters())
 
-    def treat_one(unit: Unit) -> Done:
-        if unit.name in made:
-            return made[unit.name]
-        weight = parameters[unit.name + ".weight"].detach().reshape(unit.rows, -1)
-        check_finite(unit, weight)
-        choice = choices[unit.name]
-        transform = build_transform(choice.treatment, choice.settings)
-        replacement = transform.apply(weight, *known(unit))
-        change = replacement.dense - weight
-        nats, to_bias = price(unit, change)
-        applied = Applied(
-            unit=unit.name,
-            treatment=choice.treatment,
-            settings=dict(choice.settings),
-            stored_bytes=sum(t.nbytes for t in replacement.tensors.values()),
-            predicted_damage=nats,
-            relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
-        )
-        bias = None if to_bias is None else parameters[unit.bias].detach() + to_bias
-        treated = Treated(unit, transform, replacement.tensors, replacement.unpacked, bias)
-        return treated, applied
+    def work(unit: Unit) -> Work[Done]:
+        return partial(treat_as_chosen, unit, choices[unit.name], facts(unit))
 
-    done: list[Done] = []
-    with progress.stage("transform", len(units.units)) as advance:
-        for one in for_each(treat_one):
-            done.append(one)
+    left = [unit for unit in units if unit.name not in made]
+    done = dict(made)
+    with progress.stage("transform", len(left)) as advance:
+        for treated, applied in for_each(work, left):
+            done[applied.unit] = treated, applied
             advance(1)
-    return {t.unit.name: t for t, _ in done}, tuple(applied for _, applied in done)
+    ordered = {unit.name: done[unit.name] for unit in units}
+    return {name: t for name, (t, _) in ordered.items()}, tuple(a for _, a in ordered.values())
 
 
 def check_finite(unit: Unit, weight: Tensor) -> None:

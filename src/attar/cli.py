@@ -387,14 +387,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "attar"
         return fail(error.format_message(), f"type {command} --help")
-    except KeyboardInterrupt as told:
-        code, how = INTERRUPTED, "terminated" if isinstance(told, Terminated) else "interrupted"
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except MemoryError:
         if debug:
             raise
         return fail("there is not enough memory.", "use a smaller model, or --calibration N")
     if code == INTERRUPTED:
-        typer.echo(f"{how}; nothing was written.", err=True)
+        typer.echo("interrupted; nothing was written.", err=True)
         if arguments is None:  # native threads that were cut short now and then abort a usual exit
             sys.stdout.flush()
             os._exit(INTERRUPTED)

@@ -149,17 +149,18 @@ def test_other_weights_data_or_code_of_the_model_are_another_run(
     main(compress())
     if change == "data":
         toy_code.save_data(Path("d.npz"), count=239)
-    elif change == "code":
+    else:
         build = toy_code.classifier
 
-        def with_another_activation():
+        def changed():
             module, examples = build()
-            module[2] = torch.nn.Tanh()
+            if change == "code":
+                module[2] = torch.nn.Tanh()
+            else:
+                module[5].weight.data[0, 0] += 1
             return module, examples
 
-        monkeypatch.setattr(toy_code, "classifier", with_another_activation)
-    else:
-        monkeypatch.setattr(toy_code, "classifier", toy_code.other)
+        monkeypatch.setattr(toy_code, "classifier", changed)
     steps.again(1)
     capsys.readouterr()
     main(compress())

@@ -21,10 +21,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attar.errors import ModelError
+from attar.links import GAIN, ROWS, Change, Link, Mix, Reader, Writer, folded
 
 _LARGEST_FACTOR = 1.25
 # Model type: the norm before the MLP, and what is added to a stored gain to get the real one.
@@ -61,14 +62,16 @@ def degrid(state: Mapping[str, Tensor], config: Mapping[str, Any], seed: int) ->
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        readers = [f"{attention}{name}_proj.weight" for name in ("q", "k", "v")]
-        _move_gain(new, f"{prefix}input_layernorm.weight", readers, offset, generator)
-        readers = [f"{mlp}{name}_proj.weight" for name in ("gate", "up")]
-        _move_gain(new, f"{prefix}{mlp_norm}.weight", readers, offset, generator)
-        _move_values(new, attention, config, generator)
-        _move_rows(new, f"{mlp}up_proj", f"{mlp}down_proj", generator)
+        readers = [f"{attention}{name}_proj" for name in ("q", "k", "v")]
+        _move(new, f"{prefix}input_layernorm", readers, offset, generator)
+        readers = [f"{mlp}{name}_proj" for name in ("gate", "up")]
+        _move(new, f"{prefix}{mlp_norm}", readers, offset, generator)
+        output = f"{attention}o_proj"
+        reached = _reached(config, new[f"{output}.weight"].shape[1])
+        _move(new, f"{attention}v_proj", [output], None, generator, reached)
+        _move(new, f"{mlp}up_proj", [f"{mlp}down_proj"], None, generator)
     if "lm_head.weight" in new and not config.get("tie_word_embeddings", False):
-        _move_gain(new, "model.norm.weight", ["lm_head.weight"], offset, generator)
+        _move(new, "model.norm", ["lm_head"], offset, generator)
     return new
 
 
@@ -77,50 +80,40 @@ def _factors(count: int, generator: torch.Generator) -> Float[Tensor, " channels
     return torch.exp((2 * uniform - 1) * math.log(_LARGEST_FACTOR))
 
 
-def _scaled(weight: Tensor, factors: Tensor) -> Tensor:
-    # One rounding only: the product is formed in float64.
-    return (weight.double() * factors).to(weight.dtype)
-
-
-def _move_gain(
+def _move(
     state: dict[str, Tensor],
-    norm: str,
+    writer: str,
     readers: list[str],
-    offset: float,
+    offset: float | None,
     generator: torch.Generator,
+    reached: Tensor | None = None,
 ) -> None:
-    """Divide a norm's gain and multiply the columns of what reads it."""
-    factors = _factors(state[norm].numel(), generator)
-    gain = (state[norm].double() + offset) / factors
-    state[norm] = (gain - offset).to(state[norm].dtype)
-    for reader in readers:
-        state[reader] = _scaled(state[reader], factors)
+    """Move random factors from what makes channels to what reads them.
+
+    Args:
+        offset: Of a norm's gain, which is divided; None for a map, whose rows are multiplied.
+        reached: Channel that meets each column of the readers; None for each its own.
+    """
+    count = len(state[f"{writer}.weight"])
+    factors = _factors(count, generator)
+    is_gain = offset is not None
+    bias = f"{writer}.bias" if f"{writer}.bias" in state else None
+    own = torch.arange(count) if reached is None else reached
+    link = Link(
+        name=writer,
+        kind="norm" if is_gain else "linear",
+        writers=(Writer(f"{writer}.weight", GAIN if is_gain else ROWS, bias, offset or 0.0),),
+        readers=tuple(Reader(f"{reader}.weight", own) for reader in readers),
+        channels=count,
+        free=torch.ones(count, dtype=torch.bool),
+    )
+    sides = Mix(1 / factors), Mix(factors)
+    state.update(folded(link, Change(*(sides if is_gain else sides[::-1])), state))
 
 
-def _move_values(
-    state: dict[str, Tensor], attention: str, config: Mapping[str, Any], generator: torch.Generator
-) -> None:
-    """Multiply the rows of v and divide the columns of o that they reach."""
-    value, output = f"{attention}v_proj", f"{attention}o_proj.weight"
-    factors = _factors(state[f"{value}.weight"].shape[0], generator)
-    _scale_rows(state, value, factors)
+def _reached(config: Mapping[str, Any], columns: int) -> Int[Tensor, " columns"]:
+    """Row of v that each column of o reads: a key-value head serves all its queries."""
     heads = config["num_attention_heads"]
     shared_by = heads // (config.get("num_key_value_heads") or heads)
-    per_head = factors.reshape(-1, state[output].shape[1] // heads)
-    reached = per_head.repeat_interleave(shared_by, dim=0).flatten()
-    state[output] = _scaled(state[output], 1 / reached)
-
-
-def _move_rows(
-    state: dict[str, Tensor], writer: str, reader: str, generator: torch.Generator
-) -> None:
-    """Multiply the rows of one map and divide the columns of the one that reads it."""
-    factors = _factors(state[f"{writer}.weight"].shape[0], generator)
-    _scale_rows(state, writer, factors)
-    state[f"{reader}.weight"] = _scaled(state[f"{reader}.weight"], 1 / factors)
-
-
-def _scale_rows(state: dict[str, Tensor], name: str, factors: Float[Tensor, " rows"]) -> None:
-    state[f"{name}.weight"] = _scaled(state[f"{name}.weight"], factors[:, None])
-    if f"{name}.bias" in state:
-        state[f"{name}.bias"] = _scaled(state[f"{name}.bias"], factors)
+    per_head = torch.arange(columns // shared_by).reshape(-1, columns // heads)
+    return per_head.repeat_interleave(shared_by, dim=0).flatten()

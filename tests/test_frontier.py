@@ -107,8 +107,11 @@ def test_every_point_when_applied_loses_what_it_says_or_is_flagged():
 def test_the_file_gives_the_same_prices_back(made):
     folder, frontier = made
     session = open_recipe(frontier.recipe)
-    found = read_prices(folder / "frontier.json", lambda _: session.units, build_transform)
+    found, equalised = read_prices(
+        folder / "frontier.json", lambda _: session.units, build_transform
+    )
     assert found == {name: list(of) for name, of in frontier.candidates.items()}
+    assert equalised == ()
     assert "<svg" in (folder / "frontier.html").read_text()
 
 

@@ -105,13 +105,14 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
     treatments = {
-        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else _menu(session, unit)
+        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menu(session, unit)
         for unit in session.units
     }
     return price_treatments(session, statistics, treatments)
 
 
-def _menu(session: Session, unit: Unit) -> Sequence[menus.Treatment]:
+def menu(session: Session, unit: Unit) -> Sequence[menus.Treatment]:
+    """List what may be done to a unit in the form that is written."""
     if session.recipe.to == "gguf":
         return menus.llama_menu(unit, build_transform)
     # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
@@ -199,6 +200,7 @@ def frontier(session: Session, candidates: Candidates, statistics: Statistics) -
         bytes_at_16_bits=session.bytes_at_16_bits,
         points=corrected(points, SMALLEST_CORRECTED),
         candidates=candidates,
+        equalised=session.equalised,
     )
 
 
@@ -317,6 +319,7 @@ def _carry_out(
         seed=session.recipe.seed,
         data=session.recipe.data or "",
         recipe=session.recipe,
+        equalised=session.equalised,
     )
     decided = Decided(made, Receipt(applied, session.units.leftovers), treated)
     weighed = writing.overhead_bytes(session, decided)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from attar import decide, judging, pipeline, serving
+from attar import decide, equalising, judging, pipeline, serving
 from attar.errors import PlanError
 from attar.export.text_file import write_whole
 from attar.load.folder import is_attar_folder, load_folder, read_folder
@@ -93,6 +94,7 @@ class _Made:
     model: Model
     explanation: Explanation
     decided: decide.Decided
+    session: Session
 
 
 _made: dict[int, _Made] = {}
@@ -174,6 +176,7 @@ def plan(
     seed: int = 0,
     rounds: int = 2,
     decide_by: str = "price",
+    equalise: str = "none",
 ) -> Plan:
     """Decide what to do with every unit so that the written folder has at most a size.
 
@@ -182,21 +185,32 @@ def plan(
         size: "60MB", "64MiB", "25%" or "3.1bits".
         keep: Names of units, or patterns with `*`, that stay in 16 bits.
         decide_by: "price", or the way of a paper: a name in `attar.plan.DECIDERS`.
+        equalise: "auto" changes channels before rounding where that pays.
 
     Raises:
         BudgetError: The size cannot be read, or cannot be reached.
     """
     known = scores if scores is not None else explain(model, data, seed=seed)
     asked = replace(
-        known.session.recipe, size=size, keep=tuple(keep), rounds=rounds, decide=decide_by
+        known.session.recipe,
+        size=size,
+        keep=tuple(keep),
+        rounds=rounds,
+        decide=decide_by,
+        equalise=equalise,
     )
     session = replace(known.session, recipe=asked)
     pipeline.check_wishes(session)
-    candidates = decide.price(session, known.statistics)
-    decided = decide.plan(session, candidates, known.statistics)
+    if equalise != "none":  # the model at hand stays as it is
+        session = replace(
+            session, model=replace(session.model, module=deepcopy(session.model.module))
+        )
+    session, statistics = equalising.equalise(session, known.statistics)
+    candidates = decide.price(session, statistics)
+    decided = decide.plan(session, candidates, statistics)
     # A copy is remembered: what holds the plan itself would keep it alive for ever.
     copied = replace(decided, plan=replace(decided.plan))
-    _remember(decided.plan, _Made(model, known, copied))
+    _remember(decided.plan, _Made(model, known, copied, session))
     return decided.plan
 
 
@@ -213,7 +227,7 @@ def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
     made = _made.get(id(plan))
     if made is None or made.model is not model:
         made = _carried_out(model, plan, data)
-    session = made.explanation.session
+    session = made.session
     module = materialise(session.model.module, made.decided.treated)
     held = module.state_dict()
     for name, tensor in session.leftovers().items():  # as a file would hold them
@@ -239,7 +253,12 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
             hint="make a plan for this model with attar.plan",
         )
     known = Explanation(session, decide.explain(session))
-    return _Made(model, known, decide.follow(session, plan, known.statistics))
+    if plan.equalised:
+        session = replace(
+            session, model=replace(session.model, module=deepcopy(session.model.module))
+        )
+    session, statistics = equalising.follow(session, known.statistics, plan.equalised)
+    return _Made(model, known, decide.follow(session, plan, statistics), session)
 
 
 def audit(model: Model, small: Model, data: Arrays = None, *, seed: int = 0) -> Audit:
@@ -254,7 +273,7 @@ def audit(model: Model, small: Model, data: Arrays = None, *, seed: int = 0) -> 
     """
     made = _made.get(id(small))
     if made is not None and made.model is model and data is None:
-        session = made.explanation.session
+        session = made.session
     else:
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
     if made is None or made.model is not model:
@@ -287,6 +306,7 @@ def compress(
     to: str = "attar",
     decide_by: str = "price",
     workers: str = "",
+    equalise: str = "none",
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -296,6 +316,7 @@ def compress(
     Args:
         to: "gguf" writes one file that llama.cpp runs.
         decide_by: See `plan`.
+        equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         model: From `load`, or what `load` takes.
         workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
         force: Replace what an earlier run wrote to `out`.
@@ -312,12 +333,15 @@ def compress(
         to=to,
         decide=decide_by,
         workers=workers,
+        equalise=equalise,
     )
     check_form(recipe)
     check_decider(recipe)
     pipeline.check_output(Path(out), force=force, restart=restart)
     opened = model if isinstance(model, Model) else load(model)
     recipe = replace(recipe, model=opened.name)
+    if equalise != "none":
+        opened = replace(opened, module=deepcopy(opened.module))
     return pipeline.compress_session(_open(recipe, opened, data, progress), Path(out))
 
 

@@ -118,8 +118,8 @@ class Mix:
     def both(self, moment: Tensor) -> Tensor:
         """Give M A Mᵀ of a square matrix A, in float64; of a diagonal, its own."""
         if moment.dim() == 1:
-            assert self.places is None
-            return moment.double() * self.by.square()
+            squared = Mix(self.by.square(), self.places)  # exact but for what is not known
+            return squared.rows(moment)
         return self.transposed().columns(self.rows(moment))
 
     def transposed(self) -> Mix:
@@ -222,13 +222,30 @@ def _read(weight: Tensor, mix: Mix, groups: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream as a whole: what every layer adds to and every norm reads.
+
+    Attributes:
+        link: All that writes to it, and all that reads a norm of it.
+        norms: Links of those norms' gains, which must go before the stream can be turned.
+        gains: The gain of each, `channels`.
+    """
+
+    link: Link
+    norms: tuple[Link, ...]
+    gains: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Found:
     """What was found in a model.
 
     Attributes:
         links: That were verified.
+        stream: The residual stream, if it can be turned.
         refused: Module name to the reason why a change would show.
     """
 
     links: tuple[Link, ...]
+    stream: Stream | None = None
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -86,6 +86,12 @@ Decide = Annotated[
     str,
     typer.Option(metavar="NAME", help="price, or the way of a paper: see docs/methods.md."),
 ]
+Equalise = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW", help="none, or auto: change channels before rounding where it pays."
+    ),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 Restart = Annotated[

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from attar import decide, judging, serving, writing
+from attar import decide, equalising, judging, serving, writing
 from attar.explain import CRITERIA
 from attar.export import attar_folder
 from attar.memory import peak_bytes
@@ -17,6 +17,7 @@ from attar.plan.candidates import check_keep
 from attar.plan.frontier import FRONTIER_FILE, frontier_to_json
 from attar.plan.planfile import plan_to_yaml
 from attar.records import (
+    Equalised,
     Frontier,
     Plan,
     Progress,
@@ -63,19 +64,26 @@ def check_output(out: Path, *, force: bool, restart: bool) -> None:
 
 
 def compress_session(
-    session: Session, out: Path, priced: decide.Candidates | None = None
+    session: Session,
+    out: Path,
+    priced: tuple[decide.Candidates, tuple[Equalised, ...]] | None = None,
 ) -> Report:
     """Do what `compress` does with a model and data at hand.
 
     Args:
-        priced: Of a frontier; None to price now.
+        priced: Of a frontier, with what was equalised before; None to price now.
     """
     check_wishes(session)
     forecast = judging.forecast_memory(session)
     with session.keeping(out) as session:
         statistics = decide.explain(session)
         scores = score_all(session, statistics)
-        candidates = priced or decide.price(session, statistics)
+        if priced is None:
+            session, statistics = equalising.equalise(session, statistics)
+            candidates = decide.price(session, statistics)
+        else:
+            candidates, equalised = priced
+            session, statistics = equalising.follow(session, statistics, equalised)
         decided = decide.plan(session, candidates, statistics)
         relevance = decide.relevance(statistics)
         del statistics  # the largest thing in memory, and the audit does not need it
@@ -99,6 +107,7 @@ def apply_plan_file(
     with session.keeping(out) as session:
         statistics = decide.explain(session)
         scores = score_all(session, statistics)
+        session, statistics = equalising.follow(session, statistics, plan.equalised)
         decided = decide.follow(session, plan, statistics)
         relevance = decide.relevance(statistics)
         del statistics
@@ -160,7 +169,7 @@ def plan(
     session = open_recipe(recipe, progress)
     check_wishes(session)
     with session.keeping(out) as session:
-        statistics = decide.explain(session)
+        session, statistics = equalising.equalise(session, decide.explain(session))
         candidates = decide.price(session, statistics)
         return decide.plan(session, candidates, statistics).plan, session
 
@@ -178,7 +187,7 @@ def frontier(
     writing.check_model(session)
     check_keep(session.units, recipe.keep)
     with session.keeping(out) as session:
-        statistics = decide.explain(session)
+        session, statistics = equalising.equalise(session, decide.explain(session))
         made = decide.frontier(session, decide.price(session, statistics), statistics)
     with attar_folder.replaced_folder(out) as partial:
         texts = {FRONTIER_FILE: frontier_to_json(made), "frontier.html": frontier_to_html(made)}
@@ -201,8 +210,8 @@ def apply_frontier_file(
         recipe: The size, and what the file does not hold; see `open_plan`.
     """
     check_output(out, force=force, restart=restart)
-    candidates, session = open_prices(path, recipe, progress)
-    return compress_session(session, out, candidates)
+    priced, session = open_prices(path, recipe, progress)
+    return compress_session(session, out, priced)
 
 
 def check_wishes(session: Session) -> None:

@@ -21,7 +21,7 @@ from attar.explain.probe import Changes, Probed
 from attar.explain.probe import probe as probe_changes
 from attar.explain.statistics import of_unit
 from attar.parallel import Work
-from attar.records import Replacement, RowWeights, Statistics, Transform, Unit
+from attar.records import Curvature, Replacement, RowWeights, Statistics, Transform, Unit
 from attar.session import Session
 from attar.transform.apply import (
     Facts,
@@ -73,23 +73,34 @@ def price_all(
         statistics: Of this unit, at least: see `of_unit`.
     """
     curvatures = statistics.curvatures[unit.name]
+    prices = price_weight(unit, weight, curvatures, [t for _, t in treatments])
+    for (treatment, _), alone in zip(treatments, prices, strict=True):
+        yield (
+            alone if isinstance(alone, AttarError) else alone * factor(statistics, treatment, unit)
+        )
+
+
+def price_weight(
+    unit: Unit, weight: Tensor, curvatures: Sequence[Curvature], transforms: Sequence[Transform]
+) -> Iterator[float | AttarError]:
+    """Price treatments of a weight that may be another than the session's, without `factor`."""
     check_finite(unit, weight)
     moment = price.rounding_moment(curvatures, held_out=True)
     sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
     rows = price.row_weights(curvatures, sample, held_out=True)
     if sample is not None:
         weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
-    transforms = [transform for _, transform in treatments]
     # What feedback between rows saves is nearly the same share for all, and known already.
-    results = treat(weight, moment, transforms, replace(rows, moment=None), for_price=True)
-    for (treatment, _), made in zip(treatments, results, strict=True):
+    for made in treat(weight, moment, transforms, replace(rows, moment=None), for_price=True):
         if isinstance(made, AttarError):
             yield made
         else:
-            alone = price.damage(made.dense - weight, curvatures, held_out=True)
-            yield (
-                alone * _coherence(statistics, treatment, unit) * _gain(statistics, treatment, unit)
-            )
+            yield price.damage(made.dense - weight, curvatures, held_out=True)
+
+
+def factor(statistics: Statistics, treatment: str, unit: Unit) -> float:
+    """What was measured of a unit that prices of one weight do not know."""
+    return _coherence(statistics, treatment, unit) * _gain(statistics, treatment, unit)
 
 
 def row_gain(session: Session, statistics: Statistics) -> dict[str, float]:

@@ -445,6 +445,7 @@ class Recipe:
         decide: How candidates are chosen: a name in `plan.DECIDERS`.
         workers: How many to start, or the address of a Ray to join; "" for threads of this process.
             What is computed does not depend on it.
+        equalise: Changes of channels before rounding: "none", or "auto" for those that pay.
     """
 
     model: str
@@ -465,6 +466,26 @@ class Recipe:
     to: str = "attar"
     decide: str = "price"
     workers: str = ""
+    equalise: str = "none"
+
+
+@dataclass(frozen=True)
+class Equalised:
+    """A change of channels that was folded into the weights before they were rounded.
+
+    Attributes:
+        link: Name of what writes the channels; "stream" for the residual stream.
+        method: Name in `equalise.FOLDS`.
+        settings: Arguments of that method.
+        damage_before: Price of the reference rounding of the link's units without it, nats.
+        damage_after: And with it.
+    """
+
+    link: str
+    method: str
+    settings: Mapping[str, Any]
+    damage_before: float
+    damage_after: float
 
 
 @dataclass(frozen=True)
@@ -481,6 +502,7 @@ class Plan:
         data: Where calibration data came from, as typed ("" = the default).
         notes: What a reader should know: refusals, fallbacks.
         recipe: Everything that is needed to make the same plan again.
+        equalised: What was changed before any weight was rounded, in order.
     """
 
     model: str
@@ -493,6 +515,7 @@ class Plan:
     data: str = ""
     notes: tuple[str, ...] = ()
     recipe: Recipe | None = None
+    equalised: tuple[Equalised, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -526,6 +549,7 @@ class Frontier:
         points: From the smallest size to the largest.
         candidates: Unit name to what may be done to it.
         bytes_at_16_bits: Of the model before.
+        equalised: What was changed before prices were made, in order.
     """
 
     recipe: Recipe
@@ -533,6 +557,7 @@ class Frontier:
     bytes_at_16_bits: int
     points: tuple[FrontierPoint, ...]
     candidates: Mapping[str, Sequence[Candidate]]
+    equalised: tuple[Equalised, ...] = ()
 
 
 @dataclass(frozen=True)

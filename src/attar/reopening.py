@@ -13,7 +13,7 @@ from attar.load.model import is_factory
 from attar.plan.candidates import Build
 from attar.plan.frontier import FRONTIER_FILE, read_prices
 from attar.plan.planfile import read_plan
-from attar.records import Plan, Progress, Recipe, Units
+from attar.records import Equalised, Plan, Progress, Recipe, Units
 from attar.session import Session, open_recipe
 from attar.transform.apply import build_transform
 
@@ -33,8 +33,8 @@ def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> t
 
 def open_prices(
     path: Path, recipe: Recipe, progress: Progress | None = None
-) -> tuple[Candidates, Session]:
-    """Read a frontier's prices, from its file or folder, with the session they were made in.
+) -> tuple[tuple[Candidates, tuple[Equalised, ...]], Session]:
+    """Read a frontier's prices and what was equalised before, with the session of both.
 
     Args:
         recipe: The size, and what the file does not hold; see `open_plan`.

@@ -31,6 +31,7 @@ from attar.plan.size import parse_size
 from attar.records import (
     Batch,
     Data,
+    Equalised,
     Model,
     Progress,
     Recipe,
@@ -56,6 +57,8 @@ class Session:
 
     Attributes:
         folded: Norms folded into the layer before them, for rebuilding the module.
+        equalised: Changes of channels that were folded into the module since.
+        original_sha256: `state_hash` before those; empty where there were none.
         seconds: Stage to seconds so far; the one thing here that grows.
         workers: That were joined; None to work on threads of this process.
         finished: What need not be done again, because a run that was killed has done it.
@@ -72,6 +75,8 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     workers: Workers | None = None
     finished: Finished = field(default_factory=Finished)
+    equalised: tuple[Equalised, ...] = ()
+    original_sha256: str = ""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -209,7 +214,7 @@ class Session:
         return {
             "seed": self.recipe.seed,
             "data": self.data.origin,
-            "original_sha256": state_hash(self.model.module),
+            "original_sha256": self.original_sha256 or state_hash(self.model.module),
             "versions": {name: version(name) for name in packages},
             "python": platform.python_version(),
             "machine": platform.machine(),

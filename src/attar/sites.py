@@ -77,11 +77,16 @@ class _Watch(TorchFunctionMode):
         operation = OPERATIONS.get(func)
         if operation is None:
             return func(*args, **kwargs)
-        arguments = dict(zip(_ARGUMENTS[operation], args, strict=False)) | kwargs
+        arguments = arguments_of(func, args, kwargs)
         name = self._names.get(id(arguments.get("weight")))
         if name is None:
             return func(*args, **kwargs)
         return self._visit(Call(name, operation, arguments, func))
+
+
+def arguments_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of one of the operations."""
+    return dict(zip(_ARGUMENTS[OPERATIONS[func]], args, strict=False)) | dict(kwargs)
 
 
 @contextmanager

@@ -33,12 +33,21 @@ BYTES_PER_TENSOR = 90
 FORMS = ("attar", "gguf")
 
 
+# Changes of channels before rounding: see `equalising`.
+MODES = ("none", "auto")
+
+
 def check_form(recipe: Recipe) -> None:
-    """Refuse a form that is not written here.
+    """Refuse a form that is not written here, or a way to equalise that there is not.
 
     Raises:
         SettingError: With those that are.
     """
+    if recipe.equalise not in MODES:
+        raise SettingError(
+            f"there is no way to equalise called {recipe.equalise!r}.",
+            hint=f"use --equalise {' or --equalise '.join(MODES)}.",
+        )
     if recipe.to not in FORMS:
         raise SettingError(
             f"there is no form {recipe.to!r} to write.", hint=f"use --to {' or --to '.join(FORMS)}."

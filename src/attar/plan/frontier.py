@@ -16,8 +16,14 @@ from typing import Any
 
 from attar.errors import PlanError
 from attar.plan.candidates import Build
-from attar.plan.planfile import recipe_from_dict, recipe_to_dict, rounded
-from attar.records import Candidate, Cost, Frontier, FrontierPoint, Recipe, Unit, Units
+from attar.plan.planfile import (
+    equalised_from_dict,
+    equalised_to_list,
+    recipe_from_dict,
+    recipe_to_dict,
+    rounded,
+)
+from attar.records import Candidate, Cost, Equalised, Frontier, FrontierPoint, Recipe, Unit, Units
 
 VERSION = 1
 FRONTIER_FILE = "frontier.json"
@@ -82,6 +88,7 @@ def frontier_to_json(frontier: Frontier) -> str:
         "model": frontier.recipe.model,
         "recipe": recipe_to_dict(replace(frontier.recipe, size="")),
         "keep": list(frontier.recipe.keep),
+        "equalised": equalised_to_list(frontier.equalised),
         "n_parameters": frontier.n_parameters,
         "bytes_at_16_bits": frontier.bytes_at_16_bits,
         "points": [
@@ -113,8 +120,9 @@ def _candidate_to_dict(candidate: Candidate) -> dict[str, Any]:
 
 def read_prices(
     path: Path, units_of: Callable[[Recipe], Units], build: Build
-) -> dict[str, list[Candidate]]:
-    """Read the candidates of a frontier's file; bytes are worked out again.
+) -> tuple[dict[str, list[Candidate]], tuple[Equalised, ...]]:
+    """Read the candidates of a frontier's file, whose bytes are worked out again, and what was
+    equalised before they were priced.
 
     Args:
         units_of: The recipe in the file to the units of its model.
@@ -136,7 +144,7 @@ def read_prices(
         candidates[unit.name] = [_candidate(unit, line, build) for line in lines]
         if all(c.predicted_damage is None for c in candidates[unit.name]):
             raise PlanError(f"{path} leaves {unit.name!r} nothing to choose.", hint=_HINT)
-    return candidates
+    return candidates, equalised_from_dict(content)
 
 
 def _candidate(unit: Unit, line: Any, build: Build) -> Candidate:

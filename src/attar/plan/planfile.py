@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from attar.errors import PlanError
-from attar.records import Budget, Candidate, Plan, Recipe, Transform, Units
+from attar.records import Budget, Candidate, Equalised, Plan, Recipe, Transform, Units
 
 VERSION = 1
 # Said elsewhere in the plan, for the user alone to say, or without a bearing on the result.
@@ -43,6 +43,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             for r in plan.rounds
         ],
         "notes": list(plan.notes),
+        "equalised": equalised_to_list(plan.equalised),
         "units": {
             name: {
                 "treatment": c.treatment,
@@ -53,6 +54,40 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             for name, c in plan.choices.items()
         },
     }
+
+
+def equalised_to_list(equalised: Sequence[Equalised]) -> list[dict[str, Any]]:
+    """One line for each change of channels, in order."""
+    return [
+        {
+            "link": one.link,
+            "method": one.method,
+            **one.settings,
+            "nats_before": rounded(one.damage_before),
+            "nats_after": rounded(one.damage_after),
+        }
+        for one in equalised
+    ]
+
+
+def equalised_from_dict(content: Mapping[str, Any]) -> tuple[Equalised, ...]:
+    """Read back what `equalised_to_list` made; a plan without it equalises nothing."""
+    found = []
+    for line in _field(content, "equalised", list) if "equalised" in content else ():
+        named = isinstance(line, dict) and all(
+            isinstance(line.get(key), str) for key in ("link", "method")
+        )
+        if not named:
+            raise PlanError(
+                f"the plan equalises {line!r}, which names no link and method.",
+                hint="write {link: NAME, method: fold_scale, alpha: 0.5}, or take the line out.",
+            )
+        said = ("link", "method", "nats_before", "nats_after")
+        settings = {key: value for key, value in line.items() if key not in said}
+        nats = [line.get(key, 0.0) for key in said[2:]]
+        before, after = (float(n) if isinstance(n, int | float) else 0.0 for n in nats)
+        found.append(Equalised(line["link"], line["method"], settings, before, after))
+    return tuple(found)
 
 
 def recipe_to_dict(recipe: Recipe | None) -> dict[str, Any]:
@@ -99,8 +134,10 @@ def plan_to_yaml(plan: Plan) -> str:
     content = plan_to_dict(plan)
     units = content.pop("units")
     rounds = content.pop("rounds")
+    equalised = content.pop("equalised")
     text: str = HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     text += _lines("rounds", [f"- {_flow(r)}" for r in rounds], "[]")
+    text += _lines("equalised", [f"- {_flow(one)}" for one in equalised], "[]")
     return text + _lines("units", [f"  {_flow(n)}: {_flow(u)}" for n, u in units.items()], "{}")
 
 
@@ -163,6 +200,7 @@ def read_plan(
         seed=recipe.seed,
         data=recipe.data or "",
         recipe=recipe,
+        equalised=equalised_from_dict(content),
     )
     _check_budget(plan, named)
     return plan

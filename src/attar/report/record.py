@@ -214,6 +214,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "data": plan.data,
         "notes": list(plan.notes),
+        "equalised": [vars(one) for one in plan.equalised],
     }
 
 

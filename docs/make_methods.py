@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from attar.equalise import FOLDS
 from attar.explain import CRITERIA
 from attar.export import FORMATS
 from attar.plan import DECIDERS
@@ -28,6 +29,12 @@ def methods_page() -> str:
     parts = [HEAD]
     parts += _section(
         "Treatments", "What a plan can do to a unit (`transform/`).", "transform", TRANSFORMS
+    )
+    parts += _section(
+        "Changes of channels",
+        "What `--equalise auto` may do before rounding, without changing an answer (`equalise/`).",
+        "equalise",
+        FOLDS,
     )
     parts += _section(
         "Criteria", "What a unit is worth (`explain/`). Higher = keep.", "explain", CRITERIA

@@ -71,3 +71,16 @@ def other():
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     return module, examples
+
+
+def uneven():
+    """The classifier with channels of very different size, and the answers it had."""
+    module, examples = classifier()
+    with torch.no_grad():
+        module[5].weight.mul_(20)
+        for writer, reader in ((module[3], module[5]),):
+            by = torch.exp(2 * torch.randn(len(writer.weight)))
+            writer.weight.mul_(by[:, None])
+            writer.bias.mul_(by)
+            reader.weight.div_(by)
+    return module, examples

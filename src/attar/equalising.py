@@ -99,7 +99,7 @@ def best_change(
 
 
 @dataclass
-class _Work:
+class Work:
     """A session whose module is being changed, with the statistics as they are by then."""
 
     session: Session
@@ -132,7 +132,8 @@ class _Work:
         put(dict(self.session.model.module.named_parameters()), link, change)
 
 
-def _open(session: Session, statistics: Statistics) -> _Work:
+def open_work(session: Session, statistics: Statistics) -> Work:
+    """Find the links of a session's model, and what their channels range over."""
     model = session.model
     found = find_links(model.module, lambda: model.task.forward(model.module, model.examples))
     units = {f"{unit.name}.weight": unit for unit in session.units}
@@ -148,7 +149,7 @@ def _open(session: Session, statistics: Statistics) -> _Work:
     )
     changes: dict[str, list[Side]] = {}
     later = replace(statistics, curvatures=ChangedCurvatures(statistics.curvatures, changes))
-    return _Work(
+    return Work(
         session, later, replace(found, links=tuple(known), stream=stream), units, ranges, changes
     )
 
@@ -163,7 +164,7 @@ def equalise(session: Session, statistics: Statistics) -> tuple[Session, Statist
         return session, statistics
     before = state_hash(session.model.module)
     with session.timed("equalise"):
-        work = _open(session, statistics)
+        work = open_work(session, statistics)
         reference = _reference(session)
         done = [*_turn_stream(work, reference), *_change_links(work, reference)]
     notes = (*session.notes, *_notes(work.found, done))
@@ -189,7 +190,7 @@ def follow(
         return session, statistics
     before = state_hash(session.model.module)
     with session.timed("equalise"):
-        work = _open(session, statistics)
+        work = open_work(session, statistics)
         for step in _first(work, planned):
             work.fold(*step)
         # Each was chosen as if it were the only one, so all are worked out before any is folded.
@@ -198,7 +199,7 @@ def follow(
     return _after(session, before, tuple(planned), session.notes), work.statistics
 
 
-def _first(work: _Work, planned: Sequence[Equalised]) -> Iterator[Step]:
+def _first(work: Work, planned: Sequence[Equalised]) -> Iterator[Step]:
     """Turn the stream as planned, after the gains in front of what reads it."""
     turned = [one for one in planned if one.link == "stream"]
     if turned and work.found.stream is not None:
@@ -207,7 +208,7 @@ def _first(work: _Work, planned: Sequence[Equalised]) -> Iterator[Step]:
         yield _step(work, one)
 
 
-def _step(work: _Work, one: Equalised) -> Step:
+def _step(work: Work, one: Equalised) -> Step:
     fold, stream = build_fold(one.method, one.settings), work.found.stream
     known = [*work.found.links, *([] if stream is None else [stream.link])]
     link = next((link for link in known if link.name == one.link), None)
@@ -256,7 +257,7 @@ def _reference(session: Session) -> dict[str, tuple[str, Transform]]:
 
 
 def _change_links(
-    work: _Work, reference: Mapping[str, tuple[str, Transform]]
+    work: Work, reference: Mapping[str, tuple[str, Transform]]
 ) -> Iterator[Equalised]:
     """Try every link as if it were the only one; then fold all that pay."""
 
@@ -286,9 +287,7 @@ def _change_links(
             yield Equalised(link.name, method, settings, before, after)
 
 
-def _turn_stream(
-    work: _Work, reference: Mapping[str, tuple[str, Transform]]
-) -> Iterator[Equalised]:
+def _turn_stream(work: Work, reference: Mapping[str, tuple[str, Transform]]) -> Iterator[Equalised]:
     """Turn the residual stream if all that touches it, together, loses less."""
     stream = work.found.stream
     if stream is None:
@@ -311,7 +310,7 @@ class _Prices:
 
     def __init__(
         self,
-        work: _Work,
+        work: Work,
         reference: Mapping[str, tuple[str, Transform]],
         weights: Sequence[str],
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ class Facts:
     read: Tensor | None = None
 
 
+@runtime_checkable
 class Fold(Protocol):
     """A method with its settings: a frozen dataclass; one file `fold_*.py` each."""
 

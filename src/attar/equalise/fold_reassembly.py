@@ -89,5 +89,5 @@ def _split(sizes: Tensor, theta: float, places: list[int], write: Tensor, read: 
             continue
         taken, free = free[: parts - 1], free[parts - 1 :]
         write[one] /= parts
-        write[taken] = write[one]
+        write[taken] = write[one].clone()
         read[:, taken] = read[:, [one]]

@@ -10,8 +10,8 @@ unchanged. With G W_writer, and W_reader H, the answer stays the same wherever H
     shift       x - z before G; W_reader z joins the reader's bias
 
 Source: Nagel et al. 2019, Data-free quantization through weight equalization and bias correction,
-https://arxiv.org/abs/1906.04721, eq. 5 (scale through a positively homogeneous activation); for
-rotation Ashkboos et al. 2024, QuaRot, https://arxiv.org/abs/2404.00456, section 3.
+https://arxiv.org/abs/1906.04721, section 4.1 (scale through a positively homogeneous
+activation); for rotation Ashkboos et al. 2024, QuaRot, https://arxiv.org/abs/2404.00456, section 3.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Q = V H: V the eigenvectors of the channels' second moment, H a Hadamard matrix.
 alone leaves channels of unequal power, as their correlations have it; after V they are
 uncorrelated, so that after H each has the mean power.
 
-Source: Xu et al. 2025, MambaQuant, https://arxiv.org/abs/2501.13484, section 4.1, eq. 6 to 8. We
-differ in that the moment counts each input by the gradient that answers it, and is taken as it is,
-without its mean removed.
+Source: Xu et al. 2025, MambaQuant, https://arxiv.org/abs/2501.13484, its KLT-enhanced
+rotation. We differ in that the moment counts each input by the gradient that answers it, and is
+taken as it is, without its mean removed.
 """
 
 from __future__ import annotations

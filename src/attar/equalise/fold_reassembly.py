@@ -5,8 +5,8 @@ read by the same columns. The count stays, because a place is given up by a chan
 stands for: one that is never written or never read, or one whose row is a positive multiple of
 another's.
 
-Source: Liu et al. 2024, QLLM, https://arxiv.org/abs/2310.08041, eq. 5 (disassembly) and eq. 7
-(assembly). We differ in two ways. QLLM merges the most similar channels, which changes the
+Source: Liu et al. 2024, QLLM, https://arxiv.org/abs/2310.08041, its channel disassembly and
+channel assembly. We differ in two ways. QLLM merges the most similar channels, which changes the
 answer; only those that are the same up to a factor are merged here, so that it stays, and there may
 be none. QLLM gathers channels anew while the model runs; here the rows that write them do it.
 """

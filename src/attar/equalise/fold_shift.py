@@ -4,10 +4,11 @@ x' = (x - z) / s with z the middle of a channel's range (or its mean), and s = m
 that no channel ranges further than t. For activations in few bits this makes them symmetric and
 alike; for weights alone it takes what all inputs share out of what rounding errors meet.
 
-Source: Wei et al. 2023, Outlier Suppression+, https://arxiv.org/abs/2304.09145, eq. 4 for z and
-eq. 9 for s. We differ in two ways: t is a multiple of the median range, a few of which are compared
-by price, instead of a grid search on the layer's squared error; and where the shift would have to
-pass a residual connection it is refused, because nothing there could take it up.
+Source: Wei et al. 2023, Outlier Suppression+, https://arxiv.org/abs/2304.09145, the channel-wise
+shifting and scaling of its method section. We differ in two ways: t is a
+multiple of the median range, a few of which are compared by price, instead of a grid search on the
+layer's squared error; and where the shift would have to pass a residual connection it is refused,
+because nothing there could take it up.
 """
 
 from __future__ import annotations

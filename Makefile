@@ -28,7 +28,7 @@ $(run_ready): $(bin)/python $(sources)
 
 $(test_ready): $(bin)/python $(sources)
 	@echo 'installing (torch for the CPU is 200 MB; this is done once)'
-	$(pip) --editable '.[language,vision,speech,test]'
+	$(pip) --editable '.[language,vision,speech,onnx,test]'
 	touch $@
 
 # Tables are kept until both models are done, so that they stand together at the end; progress is

@@ -21,6 +21,7 @@ from attar.errors import AttarError, Terminated
 from attar.options import (
     MODEL_HELP,
     AcceptLicence,
+    Activations,
     Audit,
     Calibration,
     DataPath,
@@ -87,6 +88,7 @@ def compress(
     to: To = "attar",
     decide: Decide = "price",
     equalise: Equalise = "none",
+    activations: Activations = "none",
     accept_licence: AcceptLicence = False,
     force: Force = False,
     restart: Restart = False,
@@ -124,6 +126,7 @@ def plan(
     to: To = "attar",
     decide: Decide = "price",
     equalise: Equalise = "none",
+    activations: Activations = "none",
     accept_licence: AcceptLicence = False,
     force: Force = False,
     restart: Restart = False,

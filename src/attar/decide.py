@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from attar import pricing, writing
+from attar import int8, pricing, writing
+from attar.activations import roundings
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
@@ -104,17 +105,22 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     """Try every treatment of the menu on every unit."""
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
+    around = int8.decide_rounded(session)
     treatments = {
-        unit.name: [menus.KEEP] if menus.is_kept(unit, keep) else menu(session, unit)
+        unit.name: [menus.KEEP]
+        if menus.is_kept(unit, keep)
+        else menu(session, unit, in_integers=unit.name in around)
         for unit in session.units
     }
-    return price_treatments(session, statistics, treatments)
+    return int8.with_rounded(price_treatments(session, statistics, treatments), around)
 
 
-def menu(session: Session, unit: Unit) -> Sequence[menus.Treatment]:
+def menu(session: Session, unit: Unit, *, in_integers: bool = False) -> Sequence[menus.Treatment]:
     """List what may be done to a unit in the form that is written."""
     if session.recipe.to == "gguf":
         return menus.llama_menu(unit, build_transform)
+    if session.recipe.to == "onnx":
+        return menus.onnx_menu(unit, in_integers=in_integers)
     # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
     return menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
 
@@ -170,7 +176,9 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         decided.plan,
         predicted_damage=done.predicted_damage * correction,
         rounds=tuple(rounds),
-        notes=(*session.notes, *menus.refusals(candidates)),
+        notes=session.notes
+        + int8.notes(session, decided.plan.choices)
+        + menus.refusals(candidates),
     )
     return _packed(replace(decided, plan=corrected))
 
@@ -221,11 +229,20 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
         )
     # Nats written in the file are not believed: an edited treatment left its old price there.
     choices = {
-        applied.unit: replace(made.choices[applied.unit], predicted_damage=applied.predicted_damage)
+        applied.unit: replace(
+            made.choices[applied.unit],
+            predicted_damage=applied.predicted_damage
+            + int8.activation_damage(made.choices[applied.unit]),
+        )
         for applied in decided.receipt.applied
     }
-    predicted = sum(applied.predicted_damage for applied in decided.receipt.applied)
-    priced = replace(decided.plan, choices=choices, predicted_damage=predicted)
+    predicted = sum(choice.predicted_damage or 0.0 for choice in choices.values())
+    priced = replace(
+        decided.plan,
+        choices=choices,
+        predicted_damage=predicted,
+        notes=int8.notes(session, choices),
+    )
     decided = replace(decided, plan=priced)
     rounds = (_measured(session, decided, 1.0),)
     return _packed(replace(decided, plan=replace(priced, rounds=rounds)))
@@ -345,10 +362,10 @@ def _same(before: Decided, choices: Mapping[str, Candidate]) -> dict[str, Done]:
 def _measured(session: Session, decided: Decided, correction: float) -> Round:
     """Run the treated model on recovery data beside the original."""
     module, task = session.model.module, session.model.task
-    weights = substitutions(decided.treated)
+    weights, rounds = substitutions(decided.treated), roundings(decided.plan.choices)
 
     def compressed(batch: object) -> object:
-        with substituted(module, weights):
+        with substituted(module, weights, rounds):
             return task.forward(module, batch)  # type: ignore[arg-type]
 
     def damage() -> float:
@@ -386,13 +403,9 @@ def _seen_from_there(session: Session, candidates: Candidates, decided: Decided)
         )
     scaled = {}
     for unit in session.units:
-        here = decided.plan.choices[unit.name].predicted_damage or 0.0
+        chosen = decided.plan.choices[unit.name]
+        here = (chosen.predicted_damage or 0.0) - int8.activation_damage(chosen)
         there = probed.get(unit.name)  # None: part of the data may not reach every unit
         ratio = 0.5 * (1 + there / here) if here > 0 and there is not None else 1.0
-        scaled[unit.name] = [
-            c
-            if c.predicted_damage is None
-            else replace(c, predicted_damage=c.predicted_damage * ratio)
-            for c in candidates[unit.name]
-        ]
+        scaled[unit.name] = [int8.scaled(c, ratio) for c in candidates[unit.name]]
     return scaled

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Measured, measure
 from attar.audit.verdict import judge, with_details
@@ -20,11 +24,13 @@ from attar.gguf_names import FILE as GGUF_FILE
 from attar.inputs import read_tokenizer
 from attar.load.folder import load_folder, read_folder
 from attar.load.model import load_model
+from attar.load.onnx_model import read_onnx
 from attar.memory import forecast
+from attar.onnx_names import FILE as ONNX_FILE
 from attar.records import Batch, GroupClaim, Model, Verdict
 from attar.session import Session
-from attar.sites import substituted
-from attar.transform.apply import build_transform
+from attar.sites import Roundings, substituted
+from attar.transform.apply import build_transform, substitutions
 from attar.transform.quantize_feedback import CHUNK_WEIGHTS
 
 PROMPTS = ("The capital of France is", "To make a cup of tea, first")
@@ -51,12 +57,32 @@ def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:
     """Load what was written as a stranger would, and compare it with the original."""
     if session.recipe.to == "gguf":
         return judge_compressed(session, load_model(str(folder / GGUF_FILE)), decided)
+    if session.recipe.to == "onnx":
+        return judge_compressed(session, _of_onnx(session, folder / ONNX_FILE, decided), decided)
     code = None
     if session.model.architecture.builder == "factory":
         code = session.model.module
     return judge_compressed(
         session, load_folder(read_folder(folder, build_transform), code), decided
     )
+
+
+def judged_by(session: Session) -> tuple[str, ...]:
+    """Say what ran the file that was written, where that is not Attar itself."""
+    if session.recipe.to != "onnx":
+        return ()
+    if find_spec("onnxruntime") is None:
+        return ("judged by the same numbers in torch: onnxruntime is not installed",)
+    return (f"judged by running {ONNX_FILE} in onnxruntime {version('onnxruntime')}",)
+
+
+def _of_onnx(session: Session, file: Path, decided: Decided) -> Model:
+    """Open the file in onnxruntime; where there is none, do in torch what it says."""
+    if find_spec("onnxruntime") is not None:
+        return read_onnx(file)
+    weights = substitutions(decided.treated)
+    rounds = roundings(decided.plan.choices)
+    return replace(session.model, module=RoundedModule(session.model.module, weights, rounds))
 
 
 def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdict:
@@ -71,7 +97,7 @@ def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdic
         )
         return with_details(
             verdict,
-            groups=_group_claims(session, small.module, decided),
+            groups=_group_claims(session, _weights(session, small.module, decided), decided),
             **_details(session, small, measured),  # type: ignore[arg-type]
         )
 
@@ -129,7 +155,20 @@ def _measure(session: Session, module: nn.Module) -> Measured:
     )
 
 
-def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[GroupClaim]:
+def _weights(
+    session: Session, small: nn.Module, decided: Decided
+) -> Mapping[str, Callable[[], Tensor]]:
+    """Weights and biases as they were read back; a graph does not give its own out."""
+    if session.recipe.to == "onnx":
+        return substitutions(decided.treated)
+    names = [f"{unit.name}.weight" for unit in session.units]
+    names += [unit.bias for unit in session.units if unit.bias]
+    return {name: _constant(small.get_parameter(name)) for name in names}
+
+
+def _group_claims(
+    session: Session, all_tensors: Mapping[str, Callable[[], Tensor]], decided: Decided
+) -> list[GroupClaim]:
     """Compress one group of units at a time, and compare what is lost with what was predicted."""
     n = max(1, round(len(session.data.audit) * GROUP_SHARE))
     original, task = session.model.module, session.model.task
@@ -137,12 +176,15 @@ def _group_claims(session: Session, small: nn.Module, decided: Decided) -> list[
     for group, names in _groups(session).items():
         changed = [f"{name}.weight" for name in names]
         changed += [bias for name in names if (bias := session.units.named(name).bias)]
-        weights = {name: _constant(small.get_parameter(name)) for name in changed}
+        weights = {name: all_tensors[name] for name in changed if name in all_tensors}
+        rounds = roundings({name: decided.plan.choices[name] for name in names})
 
         def compressed(
-            batch: Batch, weights: Mapping[str, Callable[[], Tensor]] = weights
+            batch: Batch,
+            weights: Mapping[str, Callable[[], Tensor]] = weights,
+            rounds: Roundings = rounds,
         ) -> Tensor:
-            with substituted(original, weights):
+            with substituted(original, weights, rounds):
                 return task.forward(original, batch)
 
         found = measure(

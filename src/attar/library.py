@@ -307,6 +307,7 @@ def compress(
     decide_by: str = "price",
     workers: str = "",
     equalise: str = "none",
+    activations: str = "none",
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -314,7 +315,8 @@ def compress(
     """Do all of it, and write the model with its report to a folder.
 
     Args:
-        to: "gguf" writes one file that llama.cpp runs.
+        to: "gguf" writes one file that llama.cpp runs, "onnx" one that onnxruntime does.
+        activations: With "onnx": "static" or "dynamic" computes in 8 bits too.
         decide_by: See `plan`.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         model: From `load`, or what `load` takes.
@@ -331,6 +333,7 @@ def compress(
         keep=tuple(keep),
         seed=seed,
         to=to,
+        activations=activations,
         decide=decide_by,
         workers=workers,
         equalise=equalise,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-MODEL_HELP = "A built-in name, a folder, a GGUF file, or package.module:factory."
+MODEL_HELP = "A built-in name, a folder, a GGUF file, package.module:factory; to run, also ONNX."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Size = Annotated[
     str,
@@ -80,7 +80,13 @@ AcceptLicence = Annotated[
 ]
 To = Annotated[
     str,
-    typer.Option(metavar="FORM", help="attar, or gguf: one file that llama.cpp runs."),
+    typer.Option(metavar="FORM", help="attar, gguf for llama.cpp, or onnx for onnxruntime."),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND", help="Also in 8 bits, with --to onnx: static, dynamic, or none of them."
+    ),
 ]
 Decide = Annotated[
     str,

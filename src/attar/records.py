@@ -355,6 +355,37 @@ class Transform(Protocol):
 
 
 @dataclass(frozen=True)
+class Activation:
+    """How a tensor is rounded to 8 bits while the model runs.
+
+        x becomes scale · (code − zero_point), code from 0 to 255
+
+    Attributes:
+        scale: Units per code step; None where each sample's own range decides (dynamic).
+        zero_point: The code that stands for 0.0.
+        damage: Nats per prediction that this costs, or the unit's share of that.
+    """
+
+    scale: float | None = None
+    zero_point: int = 0
+    damage: float = 0.0
+
+
+@dataclass(frozen=True)
+class PricedActivation:
+    """The rounding of one tensor that costs least.
+
+    Attributes:
+        units: Those that read the tensor; of a product, the one that makes it.
+        damage: Nats per prediction.
+    """
+
+    units: tuple[str, ...]
+    activation: Activation
+    damage: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One unit with one treatment, priced.
 
@@ -364,6 +395,8 @@ class Candidate:
         cost: Exact.
         predicted_damage: Nats per prediction; None where refused.
         refused: Why it cannot be used; None where it can.
+        input: How what the weight is multiplied with is rounded; None where it is not.
+        output: The same for the product.
     """
 
     unit: str
@@ -372,6 +405,8 @@ class Candidate:
     cost: Cost
     predicted_damage: float | None
     refused: str | None = None
+    input: Activation | None = None
+    output: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -441,7 +476,8 @@ class Recipe:
         calibration: Tokens or samples for statistics; None for the default of the task.
         rounds: Turns of the correction loop, 1 or more.
         threads: Pieces of work done at once. What is computed does not depend on it.
-        to: What is written: "attar", or "gguf" for a file that llama.cpp runs.
+        to: What is written: "attar", "gguf" for llama.cpp, or "onnx" for onnxruntime.
+        activations: "none", or 8 bits: "static" (ranges fixed now) or "dynamic" (by sample).
         decide: How candidates are chosen: a name in `plan.DECIDERS`.
         workers: How many to start, or the address of a Ray to join; "" for threads of this process.
             What is computed does not depend on it.
@@ -467,6 +503,7 @@ class Recipe:
     decide: str = "price"
     workers: str = ""
     equalise: str = "none"
+    activations: str = "none"
 
 
 @dataclass(frozen=True)

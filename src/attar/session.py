@@ -24,8 +24,10 @@ from attar.load.data import DataSizes, load_data
 from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.load.model import is_factory, load_model
+from attar.load.onnx_model import read_onnx
 from attar.load.units import list_units
 from attar.memory import release, use_little
+from attar.onnx_names import FILE as ONNX_FILE
 from attar.parallel import Work, in_order, one_thread
 from attar.plan.size import parse_size
 from attar.records import (
@@ -252,6 +254,10 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
         )
     if (path / GGUF_FILE).is_file() and not is_attar_folder(path):
         recipe = replace(recipe, model=str(path / GGUF_FILE))
+    if (path / ONNX_FILE).is_file() and not is_attar_folder(path):
+        return read_onnx(path / ONNX_FILE, recipe.task)
+    if path.suffix == ".onnx" and path.is_file():
+        return read_onnx(path, recipe.task)
     if is_attar_folder(path):
         code = load_model(recipe.factory, task=recipe.task).module if recipe.factory else None
         return load_folder(read_folder(path, build_transform), code)

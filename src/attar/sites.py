@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class Call:
         """Carry the call out, with other arguments where some are given."""
         return self.function(**{**self.arguments, **other})
 
+    def reading(self, x: Tensor) -> Call:
+        """Make the same call of another input."""
+        return replace(self, arguments={**self.arguments, "input": x})
+
 
 Visit = Callable[[Call], Tensor]
 
@@ -100,8 +104,28 @@ def watched(module: nn.Module, visit: Visit) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Roundings:
+    """What is done to tensors around a weight while the model runs; keys are parameter names.
+
+    Attributes:
+        inputs: To what the weight is multiplied with.
+        outputs: To the product.
+    """
+
+    inputs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    outputs: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+NOT_ROUNDED = Roundings()
+
+
 @contextmanager
-def substituted(module: nn.Module, tensor_of: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+def substituted(
+    module: nn.Module,
+    tensor_of: Mapping[str, Callable[[], Tensor]],
+    roundings: Roundings = NOT_ROUNDED,
+) -> Iterator[None]:
     """Run `module` with other weights and biases, without copying or changing it.
 
     Args:
@@ -109,14 +133,19 @@ def substituted(module: nn.Module, tensor_of: Mapping[str, Callable[[], Tensor]]
         tensor_of: Parameter name to a function that makes the tensor to use, in the shape the
             module holds; called at each use, so that it may decode instead of hold. Of biases,
             those of units (`Unit.bias`).
+        roundings: Of what enters and leaves weights.
     """
 
     def visit(call: Call) -> Tensor:
         bias = tensor_of.get(bias_name(call.name))
         if bias is not None:
             call = replace(call, arguments={**call.arguments, "bias": bias()})
+        if (rounded := roundings.inputs.get(call.name)) is not None:
+            call = call.reading(rounded(call.input))
         make = tensor_of.get(call.name)
-        return call.run() if make is None else _run_with(call, make)
+        output = call.run() if make is None else _run_with(call, make)
+        rounded = roundings.outputs.get(call.name)
+        return output if rounded is None else rounded(output)
 
     with watched(module, visit):
         yield

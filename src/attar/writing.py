@@ -6,12 +6,18 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from attar.errors import PlanError, SettingError
-from attar.export import attar_folder, gguf_model
+from attar.export import attar_folder, gguf_model, onnx_model
+from attar.export.onnx_graph import FloatGraph, float_graph
+from attar.export.onnx_graph import readers as readers_of
+from attar.export.onnx_nodes import Codes, Stored
 from attar.load.folder import VERSION
+from attar.transform import groups
 from attar.transform.apply import biases
 from attar.transform.keep_float import KeepFloat
 from attar.transform.llama_blocks import TYPES
+from attar.transform.quantize_feedback import QuantizeFeedback
 from attar.transform.quantize_llama import QuantizeLlama
+from attar.transform.quantize_rtn import QuantizeRtn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attar.decide import Decided
-    from attar.records import Recipe
+    from attar.records import Candidate, Recipe
     from attar.session import Session
     from attar.transform.apply import Treated
 
@@ -28,9 +34,12 @@ BYTES_PER_UNIT = 520
 BYTES_PER_LEFTOVER = 120
 # Of one tensor's place in a GGUF file, with what it is rounded up to.
 BYTES_PER_TENSOR = 90
+# Of one unit's nodes in an ONNX file.
+BYTES_PER_NODES = 700
 
 
-FORMS = ("attar", "gguf")
+FORMS = ("attar", "gguf", "onnx")
+ACTIVATIONS = ("none", "static", "dynamic")
 
 
 # Changes of channels before rounding: see `equalising`.
@@ -52,6 +61,16 @@ def check_form(recipe: Recipe) -> None:
         raise SettingError(
             f"there is no form {recipe.to!r} to write.", hint=f"use --to {' or --to '.join(FORMS)}."
         )
+    if recipe.activations not in ACTIVATIONS:
+        raise SettingError(
+            f"activations cannot be {recipe.activations!r}.",
+            hint=f"use --activations {' or '.join(ACTIVATIONS)}.",
+        )
+    if recipe.activations != "none" and recipe.to != "onnx":
+        raise SettingError(
+            f"activations in 8 bits gain nothing in the form {recipe.to!r}, which runs in floats.",
+            hint="add --to onnx, or leave --activations out.",
+        )
 
 
 def check_model(session: Session) -> None:
@@ -64,6 +83,9 @@ def check_model(session: Session) -> None:
     if session.recipe.to == "gguf":
         model = session.model
         gguf_model.check_model(model.architecture.config, model.files, model.name)
+    if session.recipe.to == "onnx":
+        onnx_model.check_model(session.model.task.name, session.model.name)
+        _graph(session)
 
 
 def contents(session: Session, decided: Decided) -> dict[str, bytes]:
@@ -71,6 +93,12 @@ def contents(session: Session, decided: Decided) -> dict[str, bytes]:
     if session.recipe.to == "gguf":
         units = {f"{name}.weight": _stored(one) for name, one in decided.treated.items()}
         return _gguf(session, units, biases(decided.treated))
+    if session.recipe.to == "onnx":
+        stored = {
+            name: _for_onnx(one, decided.plan.choices[name])
+            for name, one in decided.treated.items()
+        }
+        return _onnx(session, stored, biases(decided.treated))
     tensors = {
         f"{name}/{part}": tensor
         for name, treated in decided.treated.items()
@@ -103,6 +131,57 @@ def _stored(treated: Treated) -> gguf_model.Stored:
     )
 
 
+def _graph(session: Session) -> FloatGraph:
+    model = session.model
+    return float_graph(model.module, model.examples, session.units, model.task.name)
+
+
+def readers(session: Session) -> dict[str, frozenset[str] | None]:
+    """Units that read what each convolution makes; None where others read it too."""
+    return readers_of(_graph(session))
+
+
+def is_int8(choice: Candidate) -> bool:
+    """Say whether a treatment makes what engines multiply as integers: 8 bits, a scale per row."""
+    kinds = ("quantize_feedback", "quantize_rtn")
+    settings = choice.settings
+    shape = (settings.get("bits"), settings.get("group_size"), settings.get("symmetric"))
+    return choice.treatment in kinds and shape == (8, 0, True)
+
+
+def _onnx(
+    session: Session, units: Mapping[str, Stored], moved: Mapping[str, Tensor]
+) -> dict[str, bytes]:
+    about = _about_model(session)
+    known = ("model", "origin", "licence", "task", "config")
+    described = {key: about[key] for key in known} | {"inputs": list(session.model.examples)}
+    files = session.model.files
+    return onnx_model.file_contents(_graph(session), units, files, described, moved)
+
+
+def _for_onnx(treated: Treated, choice: Candidate) -> Stored:
+    unit, transform = treated.unit, treated.transform
+    rounds = choice.input is not None or choice.output is not None
+    if rounds and not (is_int8(choice) and "embedding" not in unit.uses):
+        raise PlanError(
+            f"{unit.name} has activations in 8 bits and weights that do not go with them.",
+            hint="give it quantize_feedback with bits 8, group_size 0 and symmetric true, or take "
+            "input and output out of its line.",
+        )
+    if isinstance(transform, KeepFloat) and not transform.bfloat16:
+        return Stored(unit, treated.tensors["weight"])
+    if isinstance(transform, QuantizeFeedback | QuantizeRtn) and transform.bits in (4, 8):
+        bits, symmetric = transform.bits, transform.symmetric
+        size = (unit.rows, unit.columns, transform.group_size)
+        codes, scale, zero_point = groups.load_stored(treated.tensors, bits, *size, symmetric)
+        weight = Codes(codes, scale, zero_point, bits, symmetric)
+        return Stored(unit, weight, choice.input, choice.output)
+    raise PlanError(
+        f"{unit.name} has a treatment that ONNX has no operators for.",
+        hint="give it quantize_feedback with 4 or 8 bits, or keep_float, or leave --to out.",
+    )
+
+
 def overhead_bytes(session: Session, decided: Decided) -> int:
     """Weigh everything in the folder that is not a unit's tensors."""
     stored = sum(t.nbytes for one in decided.treated.values() for t in one.tensors.values())
@@ -115,6 +194,9 @@ def estimated_overhead(session: Session) -> int:
         return attar_folder.weigh(_gguf(session, {}, {})) + BYTES_PER_TENSOR * len(
             session.units.units
         )
+    if session.recipe.to == "onnx":
+        weighed = attar_folder.weigh(_onnx(session, {}, {}))
+        return weighed + BYTES_PER_NODES * len(session.units.units)
     kept = sum(tensor.nbytes for tensor in session.leftovers().values())
     files = attar_folder.weigh(attar_folder.file_contents({}, {}, session.model.files))
     described = len(json.dumps(_about_model(session)))

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
-from attar.export import attar_folder, gguf_model
+from attar.export import attar_folder, gguf_model, onnx_model
 
 FORMATS: dict[str, Callable[..., Mapping[str, bytes]]] = {
     "attar_folder": attar_folder.file_contents,
     "gguf_model": gguf_model.file_contents,
+    "onnx_model": onnx_model.file_contents,
 }
 
 FUSED_ROLES: dict[str, tuple[tuple[str, ...], ...]] = {

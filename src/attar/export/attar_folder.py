@@ -26,10 +26,11 @@ from torch import Tensor
 
 from attar.errors import OutputError
 from attar.gguf_names import FILE as GGUF_FILE
+from attar.onnx_names import FILE as ONNX_FILE
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "attar.json"
-# Files by one of which a folder is known as Attar's: its own, or one with a file for llama.cpp.
-KNOWN_BY = (DESCRIPTION, GGUF_FILE)
+# Files by one of which a folder is known as Attar's: its own, or one with a file for an engine.
+KNOWN_BY = (DESCRIPTION, GGUF_FILE, ONNX_FILE)
 # Below this, compressing a file saves less than a disk block.
 COMPRESS_FROM_BYTES = 4096
 

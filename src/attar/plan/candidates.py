@@ -26,6 +26,8 @@ LLAMA_TYPES = (
 )
 LOW_RANK = 4
 KEEP: Treatment = ("keep_float", {"bits": 16})
+# What engines multiply in integers: one scale for each output channel, no zero point.
+INT8: Treatment = ("quantize_feedback", {"bits": 8, "group_size": 0, "symmetric": True})
 # Columns from which one range for a whole row is too coarse to be worth pricing.
 LONG_ROW = 512
 # A weight with more numbers than this is priced with one group size only.
@@ -73,6 +75,19 @@ def llama_menu(unit: Unit, build: Build) -> list[Treatment]:
     """List the types that llama.cpp can run this unit in; those that do not fit are left out."""
     types: list[Treatment] = [("quantize_llama", {"type": name}) for name in LLAMA_TYPES]
     return [*(t for t in types if build(*t).rejects(unit) is None), KEEP]
+
+
+def onnx_menu(unit: Unit, *, in_integers: bool) -> list[Treatment]:
+    """List what onnxruntime runs this unit in: 4 bits in blocks, 8 bits for each row, floats.
+
+    Args:
+        in_integers: Whether its input is rounded to 8 bits. Then floats are no choice: they would
+            take bytes to undo what was asked for.
+    """
+    few: list[Treatment] = [
+        ("quantize_feedback", {"bits": 4, "group_size": size}) for size in group_sizes(unit.columns)
+    ]
+    return [*few, INT8, *([] if in_integers else [KEEP])]
 
 
 def _zeroed(unit: Unit) -> list[Treatment]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from attar.errors import PlanError
+from attar.plan.activation_fields import activations_from_dict, activations_to_dict
 from attar.plan.candidates import Build
 from attar.plan.planfile import (
     equalised_from_dict,
@@ -111,7 +112,11 @@ def frontier_to_json(frontier: Frontier) -> str:
 
 
 def _candidate_to_dict(candidate: Candidate) -> dict[str, Any]:
-    line: dict[str, Any] = {"treatment": candidate.treatment, **candidate.settings}
+    line: dict[str, Any] = {
+        "treatment": candidate.treatment,
+        **candidate.settings,
+        **activations_to_dict(candidate),
+    }
     if candidate.predicted_damage is None:
         return {**line, "refused": candidate.refused}
     # Not rounded: solving again must find what was found.
@@ -150,7 +155,8 @@ def read_prices(
 def _candidate(unit: Unit, line: Any, build: Build) -> Candidate:
     if not isinstance(line, dict) or not isinstance(line.get("treatment"), str):
         raise PlanError(f"a price of {unit.name!r} has no treatment.", hint=_HINT)
-    known = ("treatment", "bytes", "nats", "refused")
+    around = activations_from_dict(line, unit.name)
+    known = ("treatment", "bytes", "nats", "refused", *around)
     settings = {k: v for k, v in line.items() if k not in known}
     name: str = line["treatment"]
     nats: Any = line.get("nats")
@@ -161,7 +167,7 @@ def _candidate(unit: Unit, line: Any, build: Build) -> Candidate:
     number = isinstance(nats, int | float) and not isinstance(nats, bool)
     if not number or not math.isfinite(nats) or nats < 0:
         raise PlanError(f"{unit.name!r} has the price {nats!r}, not nats.", hint=_HINT)
-    return Candidate(unit.name, name, settings, transform.cost(unit), float(nats))
+    return Candidate(unit.name, name, settings, transform.cost(unit), float(nats), **around)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from attar.errors import PlanError
+from attar.plan.activation_fields import activations_from_dict, activations_to_dict
 from attar.records import Budget, Candidate, Equalised, Plan, Recipe, Transform, Units
 
 VERSION = 1
@@ -48,6 +49,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             name: {
                 "treatment": c.treatment,
                 **c.settings,
+                **activations_to_dict(c),
                 "bytes": c.cost.weight_bytes,
                 "nats": rounded(c.predicted_damage or 0.0),
             }
@@ -234,7 +236,9 @@ def _choice(
             f"the line of {name!r} has no treatment.",
             hint="write {treatment: quantize_feedback, bits: 4, group_size: 64}.",
         )
-    settings = {k: v for k, v in line.items() if k not in ("treatment", "bytes", "nats")}
+    around = activations_from_dict(line, name)
+    known = ("treatment", "bytes", "nats", *around)
+    settings = {k: v for k, v in line.items() if k not in known}
     transform = build(line["treatment"], settings)
     unit = units.named(name)
     reason = transform.rejects(unit)
@@ -245,7 +249,7 @@ def _choice(
         )
     nats = line.get("nats", 0.0)
     damage = float(nats) if isinstance(nats, int | float) else 0.0
-    return Candidate(name, line["treatment"], settings, transform.cost(unit), damage)
+    return Candidate(name, line["treatment"], settings, transform.cost(unit), damage, **around)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

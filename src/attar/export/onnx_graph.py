@@ -110,9 +110,13 @@ def export_floats(module: nn.Module, examples: Batch, task: str) -> Any:
             f"torch cannot write this model as ONNX: {reason}", hint="leave --to out."
         ) from error
     assert made is not None
-    model = made.model_proto
+    return _without_places(made.model_proto, task)
+
+
+def _without_places(model: Any, task: str) -> Any:
+    """Take out where in the code each node came from: paths of this machine; name open sides."""
     del model.metadata_props[:]
-    for node in model.graph.node:  # where in the code each came from: paths of this machine
+    for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
     for number, one in enumerate((*model.graph.input, *model.graph.output)):

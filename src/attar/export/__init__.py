@@ -11,8 +11,9 @@ FORMATS: dict[str, Callable[..., Mapping[str, bytes]]] = {
 }
 
 FUSED_ROLES: dict[str, tuple[tuple[str, ...], ...]] = {
-    # Both keep every tensor apart, with a treatment of its own.
+    # All keep every tensor apart, with a treatment of its own.
     "attar": (),
     "gguf": (),
+    "onnx": (),
 }
 """Form to the roles that its runtimes read as one weight; see `plan.fuse.groups_of`."""

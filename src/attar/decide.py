@@ -229,20 +229,12 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
         )
     # Nats written in the file are not believed: an edited treatment left its old price there.
     choices = {
-        applied.unit: replace(
-            made.choices[applied.unit],
-            predicted_damage=applied.predicted_damage
-            + int8.activation_damage(made.choices[applied.unit]),
-        )
+        applied.unit: int8.priced_anew(made.choices[applied.unit], applied.predicted_damage)
         for applied in decided.receipt.applied
     }
     predicted = sum(choice.predicted_damage or 0.0 for choice in choices.values())
-    priced = replace(
-        decided.plan,
-        choices=choices,
-        predicted_damage=predicted,
-        notes=int8.notes(session, choices),
-    )
+    notes = int8.notes(session, choices)
+    priced = replace(decided.plan, choices=choices, predicted_damage=predicted, notes=notes)
     decided = replace(decided, plan=priced)
     rounds = (_measured(session, decided, 1.0),)
     return _packed(replace(decided, plan=replace(priced, rounds=rounds)))

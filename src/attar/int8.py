@@ -106,6 +106,11 @@ def activation_damage(candidate: Candidate) -> float:
     return sum((side.damage for side in sides if side is not None), 0.0)
 
 
+def priced_anew(candidate: Candidate, damage: float) -> Candidate:
+    """Put another price on what happens to the weight."""
+    return replace(candidate, predicted_damage=damage + activation_damage(candidate))
+
+
 def scaled(candidate: Candidate, ratio: float) -> Candidate:
     """Scale the price of what happens to the weight alone."""
     if candidate.predicted_damage is None:

@@ -109,18 +109,18 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     treatments = {
         unit.name: [menus.KEEP]
         if menus.is_kept(unit, keep)
-        else menu(session, unit, in_integers=unit.name in around)
+        else menu(session, unit, integers=unit.name in around)
         for unit in session.units
     }
     return int8.with_rounded(price_treatments(session, statistics, treatments), around)
 
 
-def menu(session: Session, unit: Unit, *, in_integers: bool = False) -> Sequence[menus.Treatment]:
+def menu(session: Session, unit: Unit, *, integers: bool = False) -> Sequence[menus.Treatment]:
     """List what may be done to a unit in the form that is written."""
     if session.recipe.to == "gguf":
         return menus.llama_menu(unit, build_transform)
     if session.recipe.to == "onnx":
-        return menus.onnx_menu(unit, in_integers=in_integers)
+        return menus.onnx_menu(unit, in_integers=integers)
     # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
     return menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
 
@@ -172,13 +172,12 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
             best = (_packed(best[0]), *best[1:])  # another plan's codes need the room
     assert best is not None
     decided, done, correction = best
+    notes = session.notes + int8.notes(session, decided.plan.choices)
     corrected = replace(
         decided.plan,
         predicted_damage=done.predicted_damage * correction,
         rounds=tuple(rounds),
-        notes=session.notes
-        + int8.notes(session, decided.plan.choices)
-        + menus.refusals(candidates),
+        notes=notes + menus.refusals(candidates),
     )
     return _packed(replace(decided, plan=corrected))
 

@@ -78,7 +78,7 @@ def inputs_of(model, samples=5):
         return {"pixels": torch.randn(samples, 3, 33, 33, generator=generator)}
     tokens = torch.randint(0, 260, (samples, 11), generator=generator)
     attention = torch.ones_like(tokens)
-    attention[1, 7:] = 0
+    attention[1:2, 7:] = 0
     return {"tokens": tokens, "attention": attention}
 
 

@@ -106,12 +106,10 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
     around = int8.decide_rounded(session)
-    treatments = {
-        unit.name: [menus.KEEP]
-        if menus.is_kept(unit, keep)
-        else menu(session, unit, integers=unit.name in around)
-        for unit in session.units
-    }
+    free = [unit for unit in session.units if not menus.is_kept(unit, keep)]
+    treatments: dict[str, Sequence[menus.Treatment]]
+    treatments = {unit.name: [menus.KEEP] for unit in session.units}
+    treatments |= {unit.name: menu(session, unit, integers=unit.name in around) for unit in free}
     return int8.with_rounded(price_treatments(session, statistics, treatments), around)
 
 

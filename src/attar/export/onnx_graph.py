@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attar.errors import ModelError
 from attar.records import Batch, Unit, Units
@@ -69,7 +69,13 @@ def float_graph(module: nn.Module, examples: Batch, units: Units, task: str) -> 
         ModelError: It cannot be, or a unit's weight is not found in what came out.
     """
     if module not in _made:
-        exported = export_floats(module, examples, task)
+        from onnx import numpy_helper
+
+        with _told_apart(module, [unit.bias for unit in units if unit.bias]) as biases:
+            exported = export_floats(module, examples, task)
+        for one in exported.graph.initializer:
+            if one.name in biases:
+                one.CopyFrom(numpy_helper.from_array(biases[one.name].numpy(), one.name))
         readings = {unit.name: _readings(exported.graph, module, unit) for unit in units}
         taken = {one.weight for of in readings.values() for one in of}
         kept = [one for one in exported.graph.initializer if one.name not in taken]
@@ -111,6 +117,25 @@ def export_floats(module: nn.Module, examples: Batch, task: str) -> Any:
         ) from error
     assert made is not None
     return _without_places(made.model_proto, task)
+
+
+@contextlib.contextmanager
+def _told_apart(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Give every bias numbers of its own while torch writes, or it joins those that are alike.
+
+    Yields:
+        The true numbers, which the module has again afterwards.
+    """
+    own = {name: module.get_parameter(name).detach() for name in names}
+    true = {name: bias.clone() for name, bias in own.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for bias in own.values():
+            bias.copy_(torch.randn(bias.shape, generator=generator))
+        yield true
+    finally:
+        for name, bias in own.items():
+            bias.copy_(true[name])
 
 
 def _without_places(model: Any, task: str) -> Any:

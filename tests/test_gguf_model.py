@@ -53,7 +53,7 @@ def test_a_file_written_is_read_back_as_it_was(source, tmp_path):
     stored = {name: gguf_model.Stored(tensor) for name, tensor in parts.state.items()}
     made = gguf_model.file_contents(stored, parts.architecture.config, parts.files, "tiny")
     path = tmp_path / "again.gguf"
-    path.write_bytes(made[gguf_model.FILE])
+    path.write_bytes(bytes(made[gguf_model.FILE]))
     again = read_gguf_model(path)
     assert again.files == parts.files
     assert again.architecture.config == parts.architecture.config
@@ -78,7 +78,7 @@ def test_gemmas_gains_and_pieces_of_words_are_read_back(tmp_path):
     config = {**GEMMA, "bos_token_id": 1}
     stored = {name: gguf_model.Stored(tensor) for name, tensor in state_of(module).items()}
     path = tmp_path / "gemma.gguf"
-    path.write_bytes(gguf_model.file_contents(stored, config, files, "g")[gguf_model.FILE])
+    path.write_bytes(bytes(gguf_model.file_contents(stored, config, files, "g")[gguf_model.FILE]))
     file = read_gguf(path)
     assert file.metadata["tokenizer.ggml.tokens"][:5] == ["<unk>", "<bos>", "<0x41>", "  ", "ab"]
     assert file.metadata["tokenizer.ggml.token_type"][:8] == [2, 3, 6, 1, 1, 1, 1, 4]

@@ -315,6 +315,7 @@ def _carry_out(
             ),
             progress=session.progress,
             made={} if before is None else _same(before, choices),
+            on_disk=session.on_disk,
         )
     made = Plan(
         model=session.recipe.model,

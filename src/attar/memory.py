@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attar.disk import DiskWeight, give_all_back
 from attar.records import Batch, Model, Units
 
 FLOAT_BYTES = 4
@@ -54,8 +55,10 @@ def use_little() -> None:
 def release() -> None:
     """Give memory that was freed back to the system, where the C library has a way to (glibc).
 
+    So is that in which mapped files were read, which can be read again.
     Buffers of many sizes leave holes between what stays; over a run these add up to a gigabyte.
     """
+    give_all_back()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -64,10 +67,16 @@ def release() -> None:
 def saved_bytes(model: Model, examples: Batch) -> int:
     """Bytes that a backward pass keeps of one forward pass over `examples`."""
     seen: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
+    weights = {
+        p.untyped_storage().data_ptr()
+        for p in model.module.parameters()
+        if not isinstance(p, DiskWeight)
+    }
     kept: list[Tensor] = []  # a freed storage's address could be given to another
 
     def pack(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DiskWeight):
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attar.disk import Scratch
 from attar.errors import AttarError
 from attar.explain import price
 from attar.explain.price import bias_change
@@ -189,7 +190,9 @@ def _ratios(
             _priced_alone, unit, session.weight(unit), session.bias(unit), own, reference
         )
 
-    made = [one for one in session.for_each_unit(work) if one is not None]
+    scratch = Scratch(on_disk=session.on_disk)
+    found_alone = (one for one in session.for_each_unit(work) if one is not None)
+    made = [(treated.moved(scratch), alone) for treated, alone in found_alone]
     changes = _changes(session, [one for one, _ in made])
     found = _damages(session, _probe(session, changes, share))
     ratios = {}

@@ -312,6 +312,9 @@ class Unpacked(Protocol):
     def dense(self) -> Tensor:
         """Make it float32, `rows columns`."""
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Unpacked:
+        """The same with what is large where `move` puts it."""
+
 
 @dataclass(frozen=True)
 class Replacement:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attar import cost
+from attar.disk import dense, lies_on_disk
 from attar.divergence import Divergence, fit_gaussian
 from attar.errors import ModelError
 from attar.explain.statistics import gather_statistics
@@ -115,8 +117,13 @@ class Session:
         return self.parameter(unit.bias) if unit.bias else None
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter of the original."""
-        return self.model.module.get_parameter(name).detach()
+        """A parameter of the original, in memory."""
+        return dense(self.model.module.get_parameter(name))
+
+    @cached_property
+    def on_disk(self) -> bool:
+        """Whether the weights lie on disk; then what else is large goes there too."""
+        return lies_on_disk(self.model.module)
 
     def for_each_unit(
         self,
@@ -210,13 +217,18 @@ class Session:
         kept = {left.name: state[left.name] for left in self.units.leftovers}
         return {name: t.to(cost.leftover_dtype(name, t)).contiguous() for name, t in kept.items()}
 
+    @cached_property
+    def original_hash(self) -> str:
+        """sha256 of the original; reads every weight, so once."""
+        return state_hash(self.model.module)
+
     def provenance(self) -> dict[str, Any]:
         """What a reader needs to run this again."""
         packages = ("attar", "torch", "numpy", "scipy", "safetensors")
         return {
             "seed": self.recipe.seed,
             "data": self.data.origin,
-            "original_sha256": self.original_sha256 or state_hash(self.model.module),
+            "original_sha256": self.original_sha256 or self.original_hash,
             "versions": {name: version(name) for name in packages},
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -238,7 +250,7 @@ def state_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().numpy().tobytes())
+        digest.update(dense(parameter).contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -278,6 +290,7 @@ def open_recipe(recipe: Recipe, progress: Progress | None = None) -> Session:
     """Load the model and its data."""
     shown = progress or Silent()
     start(recipe.workers)  # what cannot be reached is refused before a model is loaded
+    use_little()
     with shown.stage(f"load {recipe.model}", 0):
         model = open_model(recipe)
     return open_session(recipe, model, shown)

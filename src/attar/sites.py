@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from attar.disk import DiskWeight
+
 OPERATIONS: dict[Any, str] = {
     F.linear: "linear",
     torch.conv1d: "convolution",
@@ -159,6 +161,8 @@ def bias_name(weight_name: str) -> str:
 def _run_with(call: Call, make: Callable[[], Tensor]) -> Tensor:
     """Run with a made weight; what autograd would keep of it is made again on the way back."""
     weight = make()
+    if isinstance(weight, DiskWeight):
+        return call.run(weight=weight)  # autograd keeps none of its numbers
     address = weight.data_ptr()  # not the weight itself, which the hook would keep
 
     def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attar.decide import Decided
+    from attar.export.pieces import Content
     from attar.records import Candidate, Recipe
     from attar.session import Session
     from attar.transform.apply import Treated
@@ -80,6 +81,11 @@ def check_model(session: Session) -> None:
         AttarError: With the reason.
     """
     check_form(session.recipe)
+    if session.recipe.equalise != "none" and session.on_disk:
+        raise SettingError(
+            f"the weights of {session.model.name} stay on disk, where they cannot be equalised.",
+            hint="leave --equalise out.",
+        )
     if session.recipe.to == "gguf":
         model = session.model
         gguf_model.check_model(model.architecture.config, model.files, model.name)
@@ -89,8 +95,8 @@ def check_model(session: Session) -> None:
             _graph(session)
 
 
-def contents(session: Session, decided: Decided) -> dict[str, bytes]:
-    """Make every file of the folder in memory."""
+def contents(session: Session, decided: Decided) -> Mapping[str, Content]:
+    """Make every file of the folder; what is large is made as it is written."""
     if session.recipe.to == "gguf":
         units = {f"{name}.weight": _stored(one) for name, one in decided.treated.items()}
         return _gguf(session, units, biases(decided.treated))
@@ -111,7 +117,7 @@ def contents(session: Session, decided: Decided) -> dict[str, bytes]:
 
 def _gguf(
     session: Session, units: Mapping[str, gguf_model.Stored], moved: Mapping[str, Tensor]
-) -> dict[str, bytes]:
+) -> dict[str, Content]:
     model, state = session.model, session.model.module.state_dict() | dict(moved)
     # llama.cpp computes with norms in float32, and they weigh little.
     kept = {left.name: gguf_model.Stored(state[left.name]) for left in session.units.leftovers}

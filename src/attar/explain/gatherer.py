@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from attar.disk import Scratch, Stash, lies_on_disk
 from attar.divergence import Divergence
 from attar.errors import DataError
 from attar.explain import moments
@@ -28,6 +29,9 @@ KEPT_BY_HALF_FROM = 512
 # together between rows, so what lies off the diagonal hardly changes a price.
 FULL_ROWS_LIMIT = 1024
 ALL = ""  # the slice that holds every sample
+
+Stashed = Callable[[], Tensor]
+"""Gives a tensor that was put aside."""
 
 
 @dataclass
@@ -65,12 +69,12 @@ class Held:
     """An input that waits until the gradients of all weights that read it have come.
 
     Attributes:
-        x: `samples 1 positions columns`.
+        x: Gives `samples 1 positions columns`.
         awaited: Gradients still to come.
         weights: Sum of the squared gradients at each position so far, `samples 1 positions`.
     """
 
-    x: Tensor
+    x: Callable[[], Tensor]
     columns: Columns
     awaited: int
     weights: Tensor | float = 0.0
@@ -109,7 +113,9 @@ class Gatherer:
         self._labels: Sequence[str] = ()
         self._n_samples = 0
         self._calls: dict[str, int] = {}
-        self._last: tuple[Unit, Use, list[Tensor]] | None = None
+        on_disk = lies_on_disk(model.module)
+        self._scratch, self._stash = Scratch(on_disk=on_disk), Stash(on_disk=on_disk)
+        self._last: tuple[Unit, Use, list[Stashed]] | None = None
         self._last_input: tuple[Tensor, Held] | None = None
         self._held: list[Held] = []
 
@@ -138,6 +144,11 @@ class Gatherer:
         # The input holds the graph, whose hooks hold this object: neither would ever be freed.
         self._last = self._last_input = None
         self._held.clear()
+        self._stash.clear()
+
+    def close(self) -> None:
+        """Give up the room of what waited for the way back; the sums stay."""
+        self._stash.close()
 
     def _forward(self, batch: Batch) -> tuple[GradientEdge, Tensor]:
         """Run the model; give where its outputs were made, and the outputs without a graph."""
@@ -145,7 +156,11 @@ class Gatherer:
             name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
             for name, t in batch.items()
         }
-        with torch.enable_grad(), watched(self._model.module, self._visit):
+        with (
+            torch.enable_grad(),
+            self._stash.of_autograd(),
+            watched(self._model.module, self._visit),
+        ):
             outputs = self._model.task.forward(self._model.module, batch)
         # The extremes are NaN where any output is, and take no room.
         if not all(bool(end.isfinite()) for end in outputs.detach().aminmax()):
@@ -172,7 +187,8 @@ class Gatherer:
         if self._last is None or self._divergence.family != "categorical":
             return None
         unit, use, kept = self._last
-        (value,) = kept
+        (stashed,) = kept
+        value = stashed()
         use.is_answer = value.numel() == answers.numel() and torch.equal(
             value.reshape(-1, value.shape[-1])[-1], answers.reshape(-1, answers.shape[-1])[-1]
         )
@@ -197,7 +213,7 @@ class Gatherer:
         use = self._use(unit, call)
         # An in-place operation may overwrite the output; language models have none, and no room.
         in_place = self._model.task.name != "language"
-        value = output.detach().clone() if in_place else output.detach()
+        value = self._stash.put(output.detach().clone() if in_place else output.detach())
         kept = [value]
         self._last = (unit, use, kept)
         if call.operation == "embedding":
@@ -220,7 +236,7 @@ class Gatherer:
         self._calls[unit.name] += 1
         uses = self.sums.uses[unit.name]
         if number == len(uses):
-            uses.append(new_use(unit, call))
+            uses.append(new_use(unit, call, self._scratch))
         return uses[number]
 
     def _add_inputs(self, use: Use, call: Call) -> None:
@@ -240,7 +256,8 @@ class Gatherer:
             held.awaited += self._draws
             return held
         x = moments.inputs_of(call, self._n_samples).detach()
-        held = Held(x.clone() if in_place else x, use.columns, self._draws)
+        stashed = self._stash.put(x.clone() if in_place else x)
+        held = Held(stashed, use.columns, self._draws)
         self._count_inputs(use.columns, x)
         self._last_input = (call.input, held)
         self._held.append(held)
@@ -251,17 +268,17 @@ class Gatherer:
         columns.positions += x.shape[0] * x.shape[2]
 
     def _looked_up(
-        self, unit: Unit, use: Use, tokens: Tensor, value: Tensor, gradient: Tensor
+        self, unit: Unit, use: Use, tokens: Tensor, value: Stashed, gradient: Tensor
     ) -> None:
         """Add the gradients that meet an embedding's rows."""
         meets = gradient.reshape(1, 1, -1, gradient.shape[-1])
         moments.add_second_moment(use.columns.moment, meets)
         use.columns.mass += tokens.numel()
-        products = (gradient * value).sum(-1).reshape(tokens.shape)
+        products = (gradient * value()).sum(-1).reshape(tokens.shape)
         self._add_relevance_of_tokens(unit, tokens, products)
 
     def _answered(
-        self, unit: Unit, use: Use, held: Held | None, kept: Sequence[Tensor], gradient: Tensor
+        self, unit: Unit, use: Use, held: Held | None, kept: Sequence[Stashed], gradient: Tensor
     ) -> None:
         """Add the gradient's second moment and the relevance of what the weight answers.
 
@@ -275,10 +292,10 @@ class Gatherer:
         for part in torch.split(chosen, step, dim=2):
             moments.add_second_moment(use.rows, part, times)
         for value in kept:
-            self._add_products(unit, value, gradient)
+            self._add_products(unit, value(), gradient)
         if held is not None and unit.heads:
             weight = self._weights[unit.name + ".weight"].detach()
-            heads = moments.head_products(held.x, g, weight, unit.heads)
+            heads = moments.head_products(held.x(), g, weight, unit.heads)
             for label, chosen in self._by_label(heads):
                 add_to(self.sums.heads[label], unit.name, chosen.square().sum(0))
         if held is not None:
@@ -331,23 +348,28 @@ def meet(held: Held, gradient: Tensor) -> None:
 def add_held(held: Held) -> None:
     """Add an input to the sums, once."""
     if isinstance(held.weights, Tensor):  # a float where no gradient came, or it is added already
-        scaled = held.x * held.weights.sqrt()[..., None]
+        x = held.x()
+        scaled = x * held.weights.sqrt()[..., None]
         moments.add_second_moment(held.columns.moment, scaled)
-        held.columns.total += (held.x * held.weights[..., None]).sum((0, 1, 2))
+        held.columns.total += (x * held.weights[..., None]).sum((0, 1, 2))
         held.columns.mass += float(held.weights.double().sum())
-    held.x, held.weights = held.x[:0], 0.0
+    held.x, held.weights = _nothing, 0.0
 
 
-def new_use(unit: Unit, call: Call) -> Use:
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
+def new_use(unit: Unit, call: Call, scratch: Scratch) -> Use:
     """Make zero sums; a diagonal where the full matrix would be too large."""
     rows, columns = curvature_shapes(unit, call.operation)
     n = 0 if call.operation == "embedding" else unit.groups * unit.columns
-    sums = Columns(_zeros(columns), torch.zeros(n), torch.zeros(n))
-    return Use(call.operation, _zeros(rows), sums)
+    sums = Columns(_zeros(columns, scratch), torch.zeros(n), torch.zeros(n))
+    return Use(call.operation, _zeros(rows, scratch), sums)
 
 
-def _zeros(shape: tuple[int, ...]) -> Tensor | Symmetric:
-    return Symmetric(shape[1]) if kept_by_half(shape) else torch.zeros(shape)
+def _zeros(shape: tuple[int, ...], scratch: Scratch) -> Tensor | Symmetric:
+    return Symmetric(shape[1], scratch.zeros) if kept_by_half(shape) else torch.zeros(shape)
 
 
 def kept_by_half(shape: tuple[int, ...]) -> bool:

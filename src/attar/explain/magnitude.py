@@ -4,6 +4,7 @@ Source: Li et al. 2017, Pruning filters for efficient ConvNets, https://arxiv.or
 section 3.1, with the L2 instead of the L1 norm.
 """
 
+from attar.disk import dense
 from attar.records import Model, Scores, Statistics, Units
 
 
@@ -11,10 +12,8 @@ def score(model: Model, units: Units, statistics: Statistics) -> Scores:
     """Norm of each row, in weight units; a unit's total is the norm of the whole weight."""
     del statistics
     weights = dict(model.module.named_parameters())
-    rows = {unit.name: weights[unit.name + ".weight"].detach().flatten(1) for unit in units}
-    return Scores(
-        criterion="magnitude",
-        nats=False,
-        channels={name: weight.norm(dim=1) for name, weight in rows.items()},
-        totals={name: float(weight.norm()) for name, weight in rows.items()},
-    )
+    channels, totals = {}, {}
+    for unit in units:
+        weight = dense(weights[unit.name + ".weight"]).flatten(1)
+        channels[unit.name], totals[unit.name] = weight.norm(dim=1), float(weight.norm())
+    return Scores(criterion="magnitude", nats=False, channels=channels, totals=totals)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from attar.disk import Stash, lies_on_disk
 from attar.divergence import Divergence
 from attar.explain.moments import POSITIONS_AT_ONCE
 from attar.explain.sampling import drawn_gradient, go_back, tracked
@@ -75,8 +76,9 @@ def probe(
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         predictions = 0
         for piece, _ in pieces(batches[number], (), model):
+            stash = Stash(on_disk=lies_on_disk(model.module))
             with substituted(model.module, weights or {}):
-                outputs = _run(model, piece, changes, sums)
+                outputs = _run(model, piece, changes, sums, stash)
             mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
             predictions += int(mask.sum())
             edge, kept = get_gradient_edge(outputs), [outputs.detach()]
@@ -85,6 +87,7 @@ def probe(
             with _one_goes_back if model.task.name == "language" else nullcontext():
                 go_back(edge, kept, draw, draws)
             del edge
+            stash.close()
             release()
         return sums, predictions
 
@@ -100,7 +103,9 @@ def probe(
     return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in total.items()}
 
 
-def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[float]]) -> Tensor:
+def _run(
+    model: Model, batch: Batch, changes: Changes, sums: dict[str, list[float]], stash: Stash
+) -> Tensor:
     """Run forward; the sums grow when the result is run backward."""
     samples = len(next(iter(batch.values())))
 
@@ -111,8 +116,8 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
             return output
         if not output.requires_grad:
             output = tracked(output)
-        plain = {k: v for k, v in call.arguments.items() if k != "bias"}
-        plain["input"] = call.input.detach()
+        plain = {k: v for k, v in call.arguments.items() if k not in ("bias", "input")}
+        entered = stash.put(call.input.detach())
         moved_bias = changes.get(bias_name(call.name))
         if moved_bias is not None:
             plain["bias"] = moved_bias()
@@ -124,11 +129,11 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         # What is moved is as large as the output, so a language model's is made on the way back;
         # another model may have overwritten the input by then.
         later = model.task.name == "language"
-        moved = None if later else move(plain["input"], make())
+        moved = None if later else move(call.input.detach(), make())
 
         def meet(g: Tensor) -> None:
             if moved is None:
-                slopes = _slopes_by_parts(move, plain["input"], make(), g)
+                slopes = _slopes_by_parts(move, entered(), make(), g)
             else:
                 slopes = (moved * g).sum(1 if call.operation == "convolution" else -1)
             _add(sums[call.name.removesuffix(".weight")], slopes, samples)
@@ -140,7 +145,7 @@ def _run(model: Model, batch: Batch, changes: Changes, sums: dict[str, list[floa
         name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
         for name, t in batch.items()
     }
-    with torch.enable_grad(), watched(model.module, visit):
+    with torch.enable_grad(), stash.of_autograd(), watched(model.module, visit):
         return model.task.forward(model.module, ready)
 
 

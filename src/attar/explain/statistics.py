@@ -20,6 +20,7 @@ input share one A, weighted by the gradients of all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from copy import deepcopy
 from itertools import zip_longest
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attar.disk import Scratch, lies_on_disk
 from attar.divergence import Divergence
 from attar.explain.gatherer import (
     ALL,
@@ -66,6 +68,8 @@ def gather_statistics(
 ) -> Statistics:
     """Run the model forward and backward over `batches` and keep the second moments.
 
+    Where the weights lie on disk, sums and what waits for the way back go to scratch files.
+
     Args:
         divergence: Of the model's task; for "gaussian" already fitted.
         seed: Of the sampled answers.
@@ -81,18 +85,20 @@ def gather_statistics(
         for batch, own in zip(batches, labels, strict=True)
         for piece in pieces(batch, own, model)
     ]
+    on_disk = lies_on_disk(model.module)
     with progress.stage("explain", len(dealt)) as advance:
 
         def gather(stream: int) -> Sums:
             gatherer = Gatherer(model, units, divergence, seed * STREAMS + stream, draws)
-            for piece in dealt[stream::STREAMS]:
-                gatherer.add(*piece)
-                release()
-                advance(1)
+            with closing(gatherer):
+                for piece in dealt[stream::STREAMS]:
+                    gatherer.add(*piece)
+                    release()
+                    advance(1)
             return gatherer.sums
 
         first, second = in_order(gather, range(STREAMS))
-    return _result(units, first, second, draws)
+    return _result(units, first, second, draws, Scratch(on_disk=on_disk))
 
 
 def samples_at_once(task: str) -> int:
@@ -109,7 +115,7 @@ def pieces(batch: Batch, labels: Sequence[str], model: Model) -> Iterator[Piece]
         yield piece, labels[start : start + step]
 
 
-def _result(units: Units, first: Sums, second: Sums, draws: int) -> Statistics:
+def _result(units: Units, first: Sums, second: Sums, draws: int, scratch: Scratch) -> Statistics:
     """Turn the sums of both streams into means per prediction; `first` is used up."""
     pairs = {unit.name: _pairs(first, second, unit.name) for unit in units}
     sums = _joined(first, second)
@@ -124,7 +130,7 @@ def _result(units: Units, first: Sums, second: Sums, draws: int) -> Statistics:
 
     power = {unit.name: _power(unit, pairs[unit.name]) for unit in units}
     return Statistics(
-        curvatures=_curvatures(units, pairs, sums, n, draws),
+        curvatures=_curvatures(units, pairs, sums, n, draws, scratch),
         column_power={name: mean for name, mean in power.items() if mean is not None},
         channel_relevance=per_prediction(sums.channel),
         unit_relevance=per_prediction(sums.whole),
@@ -236,9 +242,9 @@ def _dense(half: Half) -> Tensor:
     return half if isinstance(half, Tensor) else half.dense()[None]
 
 
-def _packed(half: Half) -> Half:
+def _packed(half: Half, scratch: Scratch) -> Half:
     """Keep a large matrix in 16 bits."""
-    return half.packed() if isinstance(half, Symmetric) else half
+    return half.packed(scratch.moved) if isinstance(half, Symmetric) else half
 
 
 Moments = tuple[Half, Half, Tensor | None]
@@ -246,7 +252,12 @@ Moments = tuple[Half, Half, Tensor | None]
 
 
 def _curvatures(
-    units: Units, pairs: Mapping[str, Sequence[Pair]], sums: Sums, n: int, draws: int
+    units: Units,
+    pairs: Mapping[str, Sequence[Pair]],
+    sums: Sums,
+    n: int,
+    draws: int,
+    scratch: Scratch,
 ) -> Curvatures:
     """Curvature of every unit; uses that share an input go on sharing its moment."""
     for columns in _distinct(pairs):
@@ -256,7 +267,9 @@ def _curvatures(
 
     def of_unit(unit: Unit) -> tuple[Kept, ...]:
         return tuple(
-            _curvature(pair, sums, n, draws, _moments(pair, bool(unit.bias), done))
+            _curvature(
+                pair, sums, n, draws, _moments(pair, bool(unit.bias), done, scratch), scratch
+            )
             for pair in pairs[unit.name]
         )
 
@@ -268,7 +281,9 @@ def _distinct(pairs: Mapping[str, Sequence[Pair]]) -> Iterable[Columns]:
     return {id(use.columns): use.columns for use in uses}.values()
 
 
-def _curvature(pair: Pair, sums: Sums, n: int, draws: int, moments: Moments) -> Kept:
+def _curvature(
+    pair: Pair, sums: Sums, n: int, draws: int, moments: Moments, scratch: Scratch
+) -> Kept:
     """Normalise one use so that damage comes out in nats per prediction."""
     use, other = pair
     first, second, means = moments
@@ -280,7 +295,7 @@ def _curvature(pair: Pair, sums: Sums, n: int, draws: int, moments: Moments) -> 
     if other is not None:
         if use.operation != "embedding" and not exact:
             # Each stream saw half of the predictions.
-            rows_first = _packed(deepcopy(rows).div_(0.5 * n * draws))
+            rows_first = _packed(deepcopy(rows).div_(0.5 * n * draws), scratch)
         rows, positions = rows.add_(other.rows), positions + other.columns.positions
     if use.operation == "embedding":
         # The one-hot input is the frequency; gradients are what the columns meet.
@@ -288,10 +303,12 @@ def _curvature(pair: Pair, sums: Sums, n: int, draws: int, moments: Moments) -> 
     if exact:
         assert sums.spread is not None
         return hedged(sums.spread / n), first, second, None, means
-    return _packed(rows.div_(n * draws)), first, second, rows_first, means
+    return _packed(rows.div_(n * draws), scratch), first, second, rows_first, means
 
 
-def _moments(pair: Pair, biased: bool, done: dict[tuple[int, bool], Moments]) -> Moments:
+def _moments(
+    pair: Pair, biased: bool, done: dict[tuple[int, bool], Moments], scratch: Scratch
+) -> Moments:
     """C of both halves, about the mean where a bias takes the mean error away.
 
     What was rounded on the first half moves the bias by the mean of the first half. So C of the
@@ -302,7 +319,7 @@ def _moments(pair: Pair, biased: bool, done: dict[tuple[int, bool], Moments]) ->
     key = (id(seen[0]), biased)
     if key not in done:
         means = torch.stack([seen[0].total, seen[-1].total]) if biased else None
-        halves = [_packed(_about(columns, means)) for columns in seen]
+        halves = [_packed(_about(columns, means), scratch) for columns in seen]
         # A single piece of data stands for both halves.
         done[key] = halves[0], halves[-1], means
     return done[key]

@@ -7,6 +7,7 @@ has no input norm but one: its score is the norm of the row.
 
 import torch
 
+from attar.disk import dense
 from attar.records import Model, Scores, Statistics, Units
 
 
@@ -15,7 +16,7 @@ def score(model: Model, units: Units, statistics: Statistics) -> Scores:
     weights = dict(model.module.named_parameters())
     channels = {}
     for unit in units:
-        weight = weights[unit.name + ".weight"].detach().flatten(1).abs()
+        weight = dense(weights[unit.name + ".weight"]).flatten(1).abs()
         power = statistics.column_power.get(unit.name, torch.ones(unit.columns))
         channels[unit.name] = weight @ power.sqrt()
     totals = {name: float(values.sum()) for name, values in channels.items()}

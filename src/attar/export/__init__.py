@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 
 from attar.export import attar_folder, gguf_model, onnx_model
+from attar.export.pieces import Content
 
-FORMATS: dict[str, Callable[..., Mapping[str, bytes]]] = {
+FORMATS: dict[str, Callable[..., Mapping[str, Content]]] = {
     "attar_folder": attar_folder.file_contents,
     "gguf_model": gguf_model.file_contents,
     "onnx_model": onnx_model.file_contents,

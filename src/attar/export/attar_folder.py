@@ -20,11 +20,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
+from attar.disk import LENGTH_BYTES, SAFETENSORS_TYPES
 from attar.errors import OutputError
+from attar.export.pieces import Content, Piece, Pieces, pieces_of, tensor_bytes
 from attar.gguf_names import FILE as GGUF_FILE
 from attar.onnx_names import FILE as ONNX_FILE
 
@@ -37,11 +37,19 @@ COMPRESS_FROM_BYTES = 4096
 
 def file_contents(
     tensors: Mapping[str, Tensor], description: Mapping[str, Any], files: Mapping[str, bytes]
-) -> dict[str, bytes]:
-    """Make every file of the folder in memory, so that it can be weighed before it is written."""
-    weights = safetensors.torch.save(dict(tensors), metadata={"format": "attar"})
-    described = {**description, "weights_sha256": hashlib.sha256(weights).hexdigest()}
-    contents = {WEIGHTS: weights, DESCRIPTION: _json(described)}
+) -> dict[str, Content]:
+    """Make every file of the folder; what is large can be weighed before it is made."""
+    weights = safetensors_file(tensors)
+
+    def described(digest: str) -> bytes:
+        return _json({**description, "weights_sha256": digest})
+
+    # The hash is of the bytes written, which takes a pass over them; its length is known before.
+    unhashed = len(described(hashlib.sha256().hexdigest()))
+    contents: dict[str, Content] = {
+        WEIGHTS: weights,
+        DESCRIPTION: Pieces(unhashed, lambda: [described(_sha256(weights))]),
+    }
     for name, content in files.items():
         if len(content) >= COMPRESS_FROM_BYTES:
             contents[f"{name}.xz"] = _packed(content)
@@ -50,12 +58,43 @@ def file_contents(
     return contents
 
 
+def safetensors_file(tensors: Mapping[str, Tensor]) -> Pieces:
+    """Make a safetensors file, byte for byte as safetensors itself does.
+
+    Source: https://github.com/huggingface/safetensors, README, "Format".
+    """
+    spelled = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+    place = {dtype: number for number, dtype in enumerate(spelled)}
+    ordered = sorted(tensors.items(), key=lambda item: (place[item[1].dtype], item[0].encode()))
+    header: dict[str, Any] = {"__metadata__": {"format": "attar"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        offsets, shape = [start, end], list(tensor.shape)
+        header[name] = {"dtype": spelled[tensor.dtype], "shape": shape, "data_offsets": offsets}
+    text = _json(header)
+    text += b" " * (-len(text) % LENGTH_BYTES)
+
+    def make() -> Iterator[Piece]:
+        yield len(text).to_bytes(LENGTH_BYTES, "little") + text
+        yield from tensor_bytes(tensor for _, tensor in ordered)
+
+    return Pieces(LENGTH_BYTES + len(text) + end, make)
+
+
+def _sha256(content: Pieces) -> str:
+    digest = hashlib.sha256()
+    for piece in content.make():
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 @lru_cache(maxsize=8)  # a tokenizer takes seconds, and is weighed at every try
 def _packed(content: bytes) -> bytes:
     return lzma.compress(content, preset=9)
 
 
-def weigh(contents: Mapping[str, bytes]) -> int:
+def weigh(contents: Mapping[str, Content]) -> int:
     """Bytes of all files together."""
     return sum(len(content) for content in contents.values())
 
@@ -127,11 +166,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> int:
+def write_files(folder: Path, contents: Mapping[str, Content]) -> int:
     """Write files that are really on disk when this returns; say how many bytes they are."""
     for name, content in contents.items():
         with (folder / name).open("wb") as file:
-            file.write(content)
+            for piece in pieces_of(content):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
     return weigh(contents)

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attar.errors import ModelError
+from attar.export.pieces import Content, Piece, Pieces, tensor_bytes
 from attar.gguf_names import (
     BYTE,
     CONTROL,
@@ -82,8 +84,8 @@ def file_contents(
     files: Mapping[str, bytes],
     name: str,
     licence: str = "unknown",
-) -> dict[str, bytes]:
-    """Make the file in memory, so that it can be weighed before it is written.
+) -> dict[str, Content]:
+    """Make the file; it can be weighed before it is made.
 
     Args:
         tensors: By transformers' names; norms as floats.
@@ -97,23 +99,30 @@ def file_contents(
 
     check_model(config, files, name)
     architecture, family = _family(config)
+    said = {**_described(config, architecture), **_vocabulary(config, files)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_name(name)
         writer.add_license(licence)
-        for key, value in {
-            **_described(config, architecture),
-            **_vocabulary(config, files),
-        }.items():
+        for key, value in said.items():
             _add(writer, key, value)
         for own, stored in tensors.items():
-            _add_tensor(writer, own, stored, config, family)
+            _announce(writer, own, stored, family)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
         writer.close()
-        return {FILE: path.read_bytes()}
+        front, step = path.read_bytes(), writer.data_alignment
+    front += bytes(-len(front) % step)
+
+    def make() -> Iterator[Piece]:
+        yield front
+        ordered = (_in_order(own, stored.values, config, family) for own, stored in tensors.items())
+        yield from tensor_bytes(ordered, step)
+
+    sizes = [stored.values.nbytes for stored in tensors.values()]
+    return {FILE: Pieces(len(front) + sum(size + -size % step for size in sizes), make)}
 
 
 def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
@@ -137,20 +146,20 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tensor(
-    writer: Any, name: str, stored: Stored, config: Mapping[str, Any], family: Family
-) -> None:
+def _announce(writer: Any, name: str, stored: Stored, family: Family) -> None:
+    """Say what a tensor is called, its type and its shape; for blocks, in bytes."""
     import gguf
 
-    values = _in_order(name, stored.values, config, family)
+    values = stored.values
     own = gguf_name(name, family)
     if own is None:
         raise ModelError(
             f"GGUF has no name for the tensor {name}.", hint="leave --to out for this model."
         )
     number = FLOAT_TYPES[values.dtype] if stored.block_type is None else stored.block_type
-    raw = values.contiguous().view(torch.uint8) if number == FLOAT_TYPES[torch.bfloat16] else values
-    writer.add_tensor(own, raw.contiguous().numpy(), raw_dtype=gguf.GGMLQuantizationType(number))
+    held = np.dtype(np.uint8 if stored.block_type is not None else np.float32)
+    kind = gguf.GGMLQuantizationType(number)
+    writer.add_tensor_info(own, tuple(values.shape), held, values.nbytes, raw_dtype=kind)
 
 
 def _in_order(name: str, values: Tensor, config: Mapping[str, Any], family: Family) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar.disk import give_back, lying, on_disk
 from attar.errors import ModelError
 from attar.load.extras import import_extra
 from attar.load.mobilenet import build_mobilenet
@@ -156,7 +157,7 @@ def build_module(architecture: Architecture, state: Mapping[str, Tensor]) -> nn.
     Args:
         architecture: Of a known builder; nothing named by a file is ever imported.
         state: Tensor name to tensor; of tied weights one name is enough. Not copied where already
-            float32.
+            float32, or where it lies on disk: there it stays.
 
     Returns:
         In eval mode, float32, no parameter requiring grad, tied weights one parameter.
@@ -218,7 +219,11 @@ def _checked(name: str, expected: Mapping[str, Tensor], state: Mapping[str, Tens
     if not wanted.is_floating_point():
         return tensor.to(wanted.dtype)
     check_finite(name, tensor)
-    return tensor.float().contiguous()
+    if not on_disk(tensor):
+        return tensor.float().contiguous()
+    give_back(tensor)
+    # What operations other than a layer's read (norms, biases) is small.
+    return lying(tensor) if tensor.dim() > 1 else tensor.float().clone()
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

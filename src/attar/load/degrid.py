@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attar.disk import Scratch, give_back, on_disk
 from attar.errors import ModelError
 from attar.links import GAIN, ROWS, Change, Link, Mix, Reader, Writer, folded
 
@@ -58,7 +59,7 @@ def degrid(state: Mapping[str, Tensor], config: Mapping[str, Any], seed: int) ->
         )
     mlp_norm, offset = family
     generator = torch.Generator().manual_seed(seed)
-    new = dict(state)
+    new = _State(state)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
@@ -73,6 +74,17 @@ def degrid(state: Mapping[str, Tensor], config: Mapping[str, Any], seed: int) ->
     if "lm_head.weight" in new and not config.get("tie_word_embeddings", False):
         _move(new, "model.norm", ["lm_head"], offset, generator)
     return new
+
+
+class _State(dict[str, Tensor]):
+    """Tensors by name; new ones go to disk where the old ones lie there."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__(state)
+        self._scratch = Scratch(on_disk=any(on_disk(tensor) for tensor in state.values()))
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        super().__setitem__(name, self._scratch.moved(tensor))
 
 
 def _factors(count: int, generator: torch.Generator) -> Float[Tensor, " channels"]:
@@ -108,7 +120,9 @@ def _move(
         free=torch.ones(count, dtype=torch.bool),
     )
     sides = Mix(1 / factors), Mix(factors)
-    state.update(folded(link, Change(*(sides if is_gain else sides[::-1])), state))
+    for name, tensor in folded(link, Change(*(sides if is_gain else sides[::-1])), state).items():
+        state[name] = tensor
+    give_back(*(state[f"{reader}.weight"] for reader in readers))
 
 
 def _reached(config: Mapping[str, Any], columns: int) -> Int[Tensor, " columns"]:

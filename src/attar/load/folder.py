@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from attar import disk
 from attar.errors import ModelError
 from attar.load.builders import TASKS, build_empty, fill
 from attar.load.fold import fold_again
+from attar.load.tensor_files import map_safetensors
+from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Architecture, Model, Transform
 
@@ -61,17 +62,10 @@ def read_folder(path: Path, build: Callable[[str, Mapping[str, Any]], Transform]
         ModelError: A file is missing, damaged, or not what the description says.
     """
     description = _description(path)
-    weights = _bytes(path / "model.safetensors")
-    if hashlib.sha256(weights).hexdigest() != description.get("weights_sha256"):
-        raise ModelError(
-            f"{path}/model.safetensors is not the file attar.json describes.", hint=_HINT
-        )
-    try:
-        stored = safetensors.torch.load(weights)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{path}/model.safetensors cannot be read: {error}.", hint=_HINT
-        ) from error
+    weights = path / "model.safetensors"
+    if _sha256(weights) != description.get("weights_sha256"):
+        raise ModelError(f"{weights} is not the file attar.json describes.", hint=_HINT)
+    stored = map_safetensors(weights)
     units = description["units"]
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in units}
     leftovers = {}
@@ -100,12 +94,20 @@ def load_folder(folder: AttarFolder, module: nn.Module | None = None) -> Model:
     """
     described = folder.description
     architecture = Architecture(described["builder"], described["config"])
+    folded = described.get("folded", ())
+    # A copy: of a module at hand that stays as it is. One just built may be used up.
     if module is None:
         module = _empty(folder, architecture)
-    module = fold_again(module, described.get("folded", ()))
-    state = {name: tensor.float() for name, tensor in folder.leftovers.items()}
+        module = fold_again(module, folded) if folded else module
+    else:
+        module = fold_again(module, folded)
+    # Copies, because the file is not kept: it may be replaced while the model is in use.
+    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in folder.leftovers.items()}
+    numbers = sum(torch.Size(shape).numel() for shape in folder.shapes.values())
+    scratch = disk.Scratch(on_disk=4 * numbers > disk.HELD_AT_MOST_BYTES)
     for name, dense in in_order(lambda name: _decoded(folder, name), folder.tensors):
-        state[f"{name}.weight"] = dense
+        state[f"{name}.weight"] = scratch.moved(dense)
+        release()
     _match_dtypes(module, state)
     return Model(
         module=fill(module, state),
@@ -124,6 +126,7 @@ def _decoded(folder: AttarFolder, name: str) -> tuple[str, Tensor]:
     shape = folder.shapes[name]
     columns = int(torch.Size(shape[1:]).numel())
     dense = folder.transforms[name].decode(folder.tensors[name], shape[0], columns)
+    disk.give_back(*folder.tensors[name].values())
     return name, dense.view(shape)
 
 
@@ -208,6 +211,14 @@ def _files(path: Path) -> dict[str, bytes]:
                 raise ModelError(f"{file} cannot be unpacked.", hint=_HINT) from error
         files[file.name.removesuffix(".xz")] = content
     return files
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}.", hint=_HINT) from error
 
 
 def _bytes(file: Path) -> bytes:

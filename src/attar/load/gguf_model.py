@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Size, Tensor
 
+from attar import disk
 from attar.errors import ModelError
 from attar.gguf_names import FAMILIES, Family, transformers_name
 from attar.load.extras import import_extra
@@ -45,7 +46,13 @@ def read_gguf_model(path: Path) -> Parts:
         )
     family = FAMILIES[architecture]
     config = _config(file, architecture, family)
-    state = {_name(name, family): _tensor(file, name, family, config) for name in file.tensors}
+    numbers = sum(Size(tensor.shape).numel() for tensor in file.tensors.values())
+    # Decoded once: of a large model onto disk.
+    scratch = disk.Scratch(on_disk=4 * numbers > disk.HELD_AT_MOST_BYTES)
+    state = {
+        _name(name, family): scratch.moved(_tensor(file, name, family, config))
+        for name in file.tensors
+    }
     files = {"tokenizer.json": tokenizer_json(file.metadata, architecture)}
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from attar import disk
 from attar.errors import AttarError, ModelError, OutputError
 from attar.load.builders import build_empty, tied_names
 from attar.load.extras import import_extra
 from attar.load.parts import Parts
-from attar.load.tensor_files import read_safetensors, write_safetensors
+from attar.load.tensor_files import (
+    float32_bytes,
+    map_safetensors,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+)
 from attar.records import Architecture, Model
 
 _SOURCE = "attar_source.json"
@@ -103,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        return read_safetensors(whole)
+        return _read_files_of_weights([whole])
     if not index.is_file():
         raise ModelError(
             f"{folder.name} holds no model.safetensors; other formats are not read, because "
@@ -113,14 +120,22 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
         raise ModelError(f"{index.name} holds no weight_map", hint="fetch the file again")
-    state: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
+    shards = sorted(set(places.values()))
+    for shard in shards:
         if Path(shard).name != shard:
             raise ModelError(
                 f"{index.name} names the file {shard!r} outside the folder",
                 hint="do not use this folder",
             )
-        state |= read_safetensors(folder / shard)
+    return _read_files_of_weights([folder / shard for shard in shards])
+
+
+def _read_files_of_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Read tensors; those of a large model stay on disk."""
+    large = sum(float32_bytes(read_header(file)) for file in files) > disk.HELD_AT_MOST_BYTES
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= map_safetensors(file) if large else read_safetensors(file)
     return state
 
 
@@ -223,7 +238,7 @@ def save_huggingface(model: Model, folder: Path) -> None:
     prefix = "encoder." if model.architecture.builder == "sentence-bert" else ""
     tied = {name for names in tied_names(model.module) for name in names[1:]}
     state = {
-        name.removeprefix(prefix): tensor
+        name.removeprefix(prefix): disk.dense(tensor)
         for name, tensor in model.module.state_dict().items()
         if name not in tied
     }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar.disk import on_disk
 from attar.errors import ModelError
 from attar.load.builders import TASKS, build_module, check_finite
 from attar.load.built_ins import load_built_in
@@ -138,7 +139,10 @@ def _read_folder(folder: Path) -> Parts:
 def _degridded(parts: Parts, seed: int) -> Parts:
     state = degrid(parts.state, parts.architecture.config, seed)
     # A single tensor that is left as mapped from the file would keep the whole file in memory.
-    state = {name: t.clone() if t is parts.state[name] else t for name, t in state.items()}
+    state = {
+        name: t.clone() if t is parts.state[name] and not on_disk(t) else t
+        for name, t in state.items()
+    }
     return dataclasses.replace(
         parts,
         state=state,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attar.disk import Scratch, give_back, lies_on_disk, lying
 from attar.errors import ModelError, SettingError
 from attar.parallel import Work
 from attar.records import (
@@ -51,12 +53,19 @@ class Treated:
     unpacked: Unpacked | None = None
     bias: Tensor | None = None
 
+    def moved(self, scratch: Scratch) -> Treated:
+        """The same with what is large in this scratch."""
+        tensors = {name: scratch.moved(tensor) for name, tensor in self.tensors.items()}
+        unpacked = None if self.unpacked is None else self.unpacked.moved(scratch.moved)
+        return replace(self, tensors=tensors, unpacked=unpacked)
+
     def weight(self) -> Tensor:
         """Decode to the shape the module holds."""
         if self.unpacked is not None:
             return self.unpacked.dense().view(self.unit.shape)
-        dense = self.transform.decode(self.tensors, self.unit.rows, self.unit.columns)
-        return dense.view(self.unit.shape)
+        decoded = self.transform.decode(self.tensors, self.unit.rows, self.unit.columns)
+        give_back(*self.tensors.values())
+        return decoded.view(self.unit.shape)
 
 
 Done = tuple[Treated, Applied]
@@ -156,12 +165,14 @@ def apply_choices(
     for_each: Callable[[Callable[[Unit], Work[Done]], Sequence[Unit]], Iterable[Done]],
     progress: Progress,
     made: Mapping[str, Done],
+    on_disk: bool = False,
 ) -> tuple[dict[str, Treated], tuple[Applied, ...]]:
     """Treat every unit as chosen. The module is left as it is.
 
     Args:
         for_each: Does a piece of work for each of these units, in order; may do several at once.
         made: Units that were treated as chosen before; they are not treated again.
+        on_disk: Keep what is made in scratch files.
 
     Raises:
         ModelError: A weight is not finite.
@@ -170,11 +181,12 @@ def apply_choices(
     def work(unit: Unit) -> Work[Done]:
         return partial(treat_as_chosen, unit, choices[unit.name], facts(unit))
 
+    scratch = Scratch(on_disk=on_disk)
     left = [unit for unit in units if unit.name not in made]
     done = dict(made)
     with progress.stage("transform", len(left)) as advance:
         for treated, applied in for_each(work, left):
-            done[applied.unit] = treated, applied
+            done[applied.unit] = treated.moved(scratch), applied
             advance(1)
     ordered = {unit.name: done[unit.name] for unit in units}
     return {name: t for name, (t, _) in ordered.items()}, tuple(a for _, a in ordered.values())
@@ -205,17 +217,19 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def materialise(module: nn.Module, treated: Mapping[str, Treated]) -> nn.Module:
-    """Copy a module with every treated weight put in place, dense; ties stay ties."""
-    kept = {f"{name}.weight" for name in treated}
-    memo = {  # weights that will be replaced are not worth copying
-        id(p): nn.Parameter(torch.empty(0), requires_grad=False)
-        for name, p in module.named_parameters()
-        if name in kept
-    }
-    copy = deepcopy(module, memo)
+    """Copy a module with every treated weight put in place, dense; ties stay ties.
+
+    What takes the place of a weight on disk lies on disk too.
+    """
+    scratch = Scratch(on_disk=lies_on_disk(module))
+    in_place: dict[int, Any] = {}
+    for name, parameter in module.named_parameters():
+        one = treated.get(name.removesuffix(".weight"))
+        if one is not None:
+            weight = lying(scratch.moved(one.weight()))
+            in_place[id(parameter)] = nn.Parameter(weight, requires_grad=False)
+    copy = deepcopy(module, in_place)
     parameters = dict(copy.named_parameters())
-    for name, one in treated.items():
-        parameters[f"{name}.weight"].data = one.weight()
     for name, bias in biases(treated).items():
         parameters[name].data = bias
     return copy

@@ -18,6 +18,7 @@ lies in one run of bytes:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Float, Float32, Int16, Integer, UInt8
 from torch import Tensor
 
+from attar.disk import give_back
 from attar.kernels import bitpack, rans, trellis
 from attar.transform.groups import damaged, row_chunks
 
@@ -75,7 +77,13 @@ class Codes:
         table = factor_table()
         column = table[self.factors.columns.long()] * self.step
         row = table[self.factors.rows.long()]
-        return self.levels().float().mul_(column).mul_(row[:, None])
+        dense = self.levels().float().mul_(column).mul_(row[:, None])
+        give_back(self.codes)
+        return dense
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Codes:
+        """The same with the codes where `move` puts them."""
+        return replace(self, codes=move(self.codes))
 
     def levels(self) -> Integer[Tensor, "rows columns"]:
         """Turn codes into steps, with 0 for 0."""

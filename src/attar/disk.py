@@ -7,7 +7,6 @@ system removes them when the last tensor in them goes, also when the process is 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import tempfile
@@ -125,6 +124,14 @@ def _mapped(place: mmap.mmap) -> Tensor:
     return whole
 
 
+# What only looks at a weight in another way, and needs no numbers.
+_VIEWS = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.t.default,
+)
+
+
 class DiskWeight(Tensor):
     """A weight in float32 to whoever uses it, read from disk at each use and kept by none.
 
@@ -170,10 +177,10 @@ class DiskWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, first = kwargs or {}, args[0]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return DiskWeight(first.stored, transposed=first.transposed)
-        if func is torch.ops.aten.t.default:
-            return DiskWeight(first.stored, transposed=not first.transposed)
+        if func in _VIEWS:
+            turned = func is torch.ops.aten.t.default
+            with torch.inference_mode(mode=False):  # a view is of the kind of what it looks at
+                return DiskWeight(first.stored, transposed=first.transposed != turned)
         if func is torch.ops.aten.embedding.default and not first.transposed:
             return first.rows(args[1])
         if func._schema.is_mutable and isinstance(first, DiskWeight):
@@ -286,6 +293,7 @@ class Stash:
     def __init__(self, *, on_disk: bool) -> None:
         self._file = tempfile.TemporaryFile(prefix="attar-") if on_disk else None  # noqa: SIM115
         self._end = 0
+        self._closes = None if self._file is None else weakref.finalize(self, self._file.close)
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Put a tensor aside; call what is returned to have it back, with the same strides.
@@ -333,9 +341,8 @@ class Stash:
 
     def close(self) -> None:
         """Give the room back."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
+        if self._closes is not None:
+            self._closes()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -17,6 +17,7 @@ from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Measured, measure
 from attar.audit.verdict import judge, with_details
 from attar.decide import Decided
+from attar.disk import HELD_AT_MOST_BYTES
 from attar.errors import DataError
 from attar.explain.statistics import STREAMS, samples_at_once, statistics_bytes
 from attar.export.run import class_names, continue_text
@@ -25,7 +26,7 @@ from attar.inputs import read_tokenizer
 from attar.load.folder import load_folder, read_folder
 from attar.load.model import load_model
 from attar.load.onnx_model import read_onnx
-from attar.memory import forecast
+from attar.memory import forecast, machine_bytes
 from attar.onnx_names import FILE as ONNX_FILE
 from attar.records import Batch, GroupClaim, Model, Verdict
 from attar.session import Session
@@ -42,8 +43,8 @@ MOST_GROUPS = 12
 
 
 def forecast_memory(session: Session) -> int:
-    """Say the peak memory of the run before its heavy part starts."""
-    return forecast(
+    """Say the peak memory of the run before its heavy part starts; warn where it is too much."""
+    wanted = forecast(
         session.model,
         session.units,
         session.data.calibration,
@@ -51,6 +52,15 @@ def forecast_memory(session: Session) -> int:
         statistics_bytes=statistics_bytes(session.units),
         priced_weights_at_once=CHUNK_WEIGHTS,
     )
+    there = machine_bytes()
+    if there is not None and wanted > there:
+        session.progress.note(
+            f"warning: this run needs about {wanted / 1e9:.1f} GB of memory, and the machine has "
+            f"{there / 1e9:.1f} GB; it may be ended by the system before it is done. Weights of "
+            f"more than {HELD_AT_MOST_BYTES / 1e9:.1f} GB in float32 stay on disk if they come "
+            "from a folder or a file."
+        )
+    return wanted
 
 
 def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from attar.disk import DiskWeight, give_all_back
+from attar.disk import DiskWeight, give_all_back, lies_on_disk
 from attar.records import Batch, Model, Units
 
 FLOAT_BYTES = 4
+# Where Linux says what a container may use, in the new and in the old way.
+CONTROL_GROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 # Options of glibc's malloc.h. Mapping and filling a buffer with zeros costs more than reusing one,
 # so only large ones are.
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 MAPPED_FROM_BYTES = 4 * 2**20
+# Where weights lie on disk, what waits for the way back goes there at once; what then lies between
+# the freed buffers would keep them from being used again.
+MAPPED_FROM_BYTES_ON_DISK = 2**18
 # Copies of one batch's outputs alive at once: logits, their gradient, probabilities, a temporary.
 OUTPUT_COPIES = 5
 # Settings priced at once on one weight, and buffers of each (codes, scales spread, errors).
 PRICED_COPIES = 24
+# Copies of the largest weight, in float32, while it is rounded and range coded: itself, what it
+# decodes to, the change, and codes of two settings.
+TREATED_COPIES = 5
 # What the allocator keeps of memory that was freed, as a share of what comes and goes.
 ALLOCATOR_SLACK = 1.25
 
@@ -41,15 +54,29 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
-def use_little() -> None:
+def machine_bytes() -> int | None:
+    """Memory that this process may use; None where the system does not say."""
+    known = []
+    with suppress(ValueError, OSError, AttributeError):  # no such names on this system
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in CONTROL_GROUP_LIMITS:
+        with suppress(ValueError, OSError):  # no such file, or "max"
+            known.append(int(limit.read_text()))
+    return min((size for size in known if size > 0), default=None)
+
+
+def use_little(*, on_disk: bool = False) -> None:
     """Ask the C library (glibc) for fewer holes, before the heavy part starts.
 
     Threads share two heaps, and a large buffer is mapped alone, so that it goes back when freed.
+
+    Args:
+        on_disk: Whether the weights of the model lie on disk.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
         set_option(M_ARENA_MAX, 2)
-        set_option(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+        set_option(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES_ON_DISK if on_disk else MAPPED_FROM_BYTES)
 
 
 def release() -> None:
@@ -106,7 +133,8 @@ def forecast(
     """Say the peak of the whole run before it starts, from shapes and one small forward pass.
 
     Statistics are there throughout; on top of them comes the larger of one backward pass and the
-    pricing of the largest weight.
+    pricing of the largest weight. Where the weights lie on disk, so do statistics, codes, and what
+    waits for the way back; a pass then reads one weight at a time.
     """
     samples = len(next(iter(model.examples.values())))
     batch = batches[0]
@@ -119,8 +147,12 @@ def forecast(
     with torch.no_grad():
         outputs = model.task.forward(model.module, model.examples).numel() / samples * scale
     outputs *= samples_at_once * FLOAT_BYTES * OUTPUT_COPIES
-    priced = min(max(u.n_weights for u in units), priced_weights_at_once) * FLOAT_BYTES
-    passing = max(saved + outputs, priced * PRICED_COPIES)
-    stored = sum(unit.n_weights for unit in units)  # packed codes, at most a byte each
+    largest = max(u.n_weights for u in units) * FLOAT_BYTES
+    priced = min(largest, priced_weights_at_once * FLOAT_BYTES) * PRICED_COPIES
     release()  # the small pass
+    if lies_on_disk(model.module):
+        passing = max(samples_at_once * largest + outputs, TREATED_COPIES * largest, priced)
+        return int(resident_bytes() + ALLOCATOR_SLACK * passing)
+    passing = max(saved + outputs, priced)
+    stored = sum(unit.n_weights for unit in units)  # packed codes, at most a byte each
     return int(resident_bytes() + statistics_bytes + stored + ALLOCATOR_SLACK * passing)

@@ -56,6 +56,10 @@ class LineProgress:
         if seconds >= SHOWN_FROM_SECONDS:
             self._write(f"{name}: {seconds:.0f} s")
 
+    def note(self, line: str) -> None:
+        """Write the line."""
+        self._write(line)
+
     def _write(self, line: str) -> None:
         self._file.write(line + "\n")
         self._file.flush()
@@ -79,6 +83,10 @@ class BarProgress:
         seconds = time.perf_counter() - start
         if seconds >= SHOWN_FROM_SECONDS:
             self._bars.console.print(f"{name}: {seconds:.0f} s", style="dim", highlight=False)
+
+    def note(self, line: str) -> None:
+        """Write the line above the bars."""
+        self._bars.console.print(line, highlight=False)
 
 
 @contextmanager

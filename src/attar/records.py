@@ -779,6 +779,9 @@ class Progress(Protocol):
     ) -> AbstractContextManager[Callable[[int | float], None]]:
         """Open a stage of `total` steps; the function it yields advances it."""
 
+    def note(self, line: str) -> None:
+        """Say something that a person should know before waiting."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -791,3 +794,6 @@ class Silent:
     ) -> Iterator[Callable[[int | float], None]]:
         """Do nothing."""
         yield lambda _steps: None
+
+    def note(self, line: str) -> None:
+        """Do nothing."""

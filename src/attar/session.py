@@ -311,7 +311,7 @@ def open_session(
     workers = start(recipe.workers)
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
-    use_little()
+    use_little(on_disk=lies_on_disk(model.module))
     folded_module, folded, stays = fold_batch_norm(model.module, model.examples, model.task.forward)
     model = replace(model, module=folded_module.requires_grad_(False))
     units = list_units(model)

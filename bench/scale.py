@@ -47,17 +47,17 @@ def measure(options: Options) -> Iterator[Row]:
             done = compress(out, [str(source), *typed])
             report = report_of(out)
             stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        forecast, size = report["memory"]["forecast_bytes"], report["bytes"]
+        forecast, size = report["memory"]["forecast_bytes"], report["size"]
         yield {
             "model": name,
-            "parameters": size["at_16_bits"] // 2,
+            "parameters": size["bytes_before"] // 2,
             "source_bytes": stored,
             "peak_bytes": done.peak_bytes,
             "peak_over_limit": done.peak_bytes / MOST_BYTES,
             "forecast_over_measured": forecast / done.peak_bytes,
             "seconds": done.seconds,
             "stages": "; ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()),
-            "written_bytes": size["after"],
+            "written_bytes": size["bytes_after"],
             "command": " ".join(("attar compress", name, *typed)).replace(str(options.shared), "…"),
         }
 

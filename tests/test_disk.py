@@ -17,13 +17,15 @@ from tiny_models import LLAMA, TOKENS, random_model, state_of, write_gguf
 from torch import nn
 
 import attar
-from attar import disk
+from attar import disk, judging
 from attar.disk import DiskWeight, Scratch, Stash, dense, give_back, on_disk
 from attar.errors import ModelError, OutputError
 from attar.explain import gatherer
 from attar.load.model import load_model
 from attar.load.tensor_files import float32_bytes, map_safetensors, read_header
 from attar.memory import resident_bytes
+from attar.records import Recipe, Silent
+from attar.session import open_session
 
 KINDS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 SIZES = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 160, "head_dim": 32}
@@ -295,6 +297,28 @@ def test_a_gguf_file_and_a_degridded_folder_on_disk_are_the_same_models(tmp_path
         numbers = dict(one.module.named_parameters())
         for name, parameter in two.module.named_parameters():
             assert torch.equal(dense(parameter), numbers[name]), name
+
+
+class Noting(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
+
+
+def test_a_run_that_needs_more_memory_than_there_is_says_so(
+    tmp_path, monkeypatch, everything_on_disk
+):
+    model, progress = load_model(folder_in_pieces(tmp_path / "llama")), Noting()
+    tokens = torch.randint(61, (14, 16), generator=torch.Generator().manual_seed(1))
+    session = open_session(Recipe(model="llama"), model, progress, {"tokens": tokens})
+    wanted = judging.forecast_memory(session)
+    assert wanted > resident_bytes() / 2 and not progress.lines
+    monkeypatch.setattr(judging, "machine_bytes", lambda: 10**6)
+    judging.forecast_memory(session)
+    (line,) = progress.lines
+    assert "needs about" in line and "0.0 GB" in line
 
 
 def test_a_model_made_smaller_in_python_stays_on_disk(tmp_path, everything_on_disk):

@@ -7,8 +7,16 @@ import torch
 import toys
 from torch import nn
 
+from attar import memory
 from attar.load.units import list_units
-from attar.memory import forecast, peak_bytes, release, resident_bytes, saved_bytes
+from attar.memory import (
+    forecast,
+    machine_bytes,
+    peak_bytes,
+    release,
+    resident_bytes,
+    saved_bytes,
+)
 
 
 def model(width=16):
@@ -85,3 +93,14 @@ def test_what_was_freed_between_what_stays_is_given_back():
     del pieces
     release()
     assert full - resident_bytes() > 0.3 * sum(piece.nbytes for piece in kept)
+
+
+def test_a_containers_limit_counts_where_it_is_below_what_the_machine_has(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CONTROL_GROUP_LIMITS", (tmp_path / "missing",))
+    whole = machine_bytes()
+    assert whole is None or whole > 10**8
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTROL_GROUP_LIMITS", (limit,))
+    for said, expected in (("max\n", whole), ("50000000\n", 50_000_000), (f"{2**63}\n", whole)):
+        limit.write_text(said)
+        assert machine_bytes() == expected or whole is None

@@ -156,11 +156,8 @@ class Gatherer:
             name: t.detach().clone().requires_grad_() if t.is_floating_point() else t
             for name, t in batch.items()
         }
-        with (
-            torch.enable_grad(),
-            self._stash.of_autograd(),
-            watched(self._model.module, self._visit),
-        ):
+        watching = watched(self._model.module, self._visit)
+        with torch.enable_grad(), self._stash.of_autograd(), watching:
             outputs = self._model.task.forward(self._model.module, batch)
         # The extremes are NaN where any output is, and take no room.
         if not all(bool(end.isfinite()) for end in outputs.detach().aminmax()):

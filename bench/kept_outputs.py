@@ -51,8 +51,8 @@ def measured_damage(kept: Kept, weight_of: Mapping[str, Callable[[], Tensor]]) -
     return total / predictions
 
 
-def other_text(session: Session, source: Path, n: int) -> Sequence[Batch]:
-    """Batches of a text that no price has seen: tokens of a language model, else sentences."""
+def other_data(session: Session, source: Path, n: int) -> Sequence[Batch]:
+    """Batches of data that no price has seen: tokens of a language model, samples of any other."""
     sizes = DataSizes(calibration=1, recovery=1, audit=n)
     found = load_data(
         session.model, str(source), seed=session.recipe.seed, sizes=sizes, progress=Silent()

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from input_moments import input_moments
-from kept_outputs import Kept, keep_outputs, measured_damage, other_text
+from kept_outputs import Kept, keep_outputs, measured_damage, other_data
 from results_file import Bench, Finding, Options, Row, Table, main, number, of_model
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -140,7 +140,7 @@ def open_measured(
     if setup.source == "halves":
         seen, unseen = write_halves(unseen, folder)
     session = open_recipe(replace(recipe, data=str(seen)), progress)
-    return session, other_text(session, unseen, measured)
+    return session, other_data(session, unseen, measured)
 
 
 def write_halves(source: Path, folder: Path) -> tuple[Path, Path]:

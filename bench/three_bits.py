@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from input_moments import input_moments
 from jaxtyping import Float
-from kept_outputs import keep_outputs, measured_damage, other_text
+from kept_outputs import keep_outputs, measured_damage, other_data
 from results_file import Bench, Finding, Options, Row, main, median, number, of_model, spread
 from torch import Tensor, nn
 
@@ -79,7 +79,7 @@ def measure_seed(name: str, seed: int, options: Options, progress: Progress) -> 
     )
     session = open_recipe(recipe, progress)
     statistics = decide.explain(session)
-    judged = other_text(session, options.wikitext / "wiki.test.raw", sizes["judged"])
+    judged = other_data(session, options.wikitext / "wiki.test.raw", sizes["judged"])
     kept = keep_outputs(session, judged)
     for method, weights, average in ways(session, statistics):
         kl = measured_damage(kept, weights)

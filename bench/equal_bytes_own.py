@@ -1,0 +1,40 @@
+"""Child of `equal_bytes.py`: Attar at several sizes from one pricing pass: RECIPE SIZES, as JSON.
+
+Prices do not depend on the size, so each folder holds the bytes that `attar compress` writes
+(`attar plan --frontier` and `attar apply --size` are the same on the command line). Seconds of a
+point are those of its own stages and of the pricing that it shares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from attar import decide, pipeline
+from attar.memory import peak_bytes
+from attar.records import Recipe
+from attar.session import open_recipe
+
+
+def main() -> None:
+    typed, sizes = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    numbers = {n: int(v) for n, v in typed.items() if v.isdigit()}
+    session = open_recipe(Recipe(**{**typed, **numbers}, size="100%", accept_licence=True))
+    priced = decide.price(session, decide.explain(session))
+    shared = {stage: session.seconds[stage] for stage in ("load", "price")}
+    for folder, size in sizes.items():
+        recipe = replace(session.recipe, size=size)
+        sized = replace(session, recipe=recipe, seconds=dict(shared))
+        report = pipeline.compress_session(sized, Path(folder), priced)
+        facts = {
+            "seconds": sum(report.seconds.values()),
+            "peak_bytes": peak_bytes(),
+            "predicted": report.verdict.predicted_damage,
+        }
+        (Path(folder) / "report" / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -37,6 +37,19 @@ NORMS = {
 }  # fmt: skip
 
 
+# Of BERT, which keeps them in a sentence encoder too; MPNet's positions it does not know.
+BERT_FIXED = {
+    "embeddings.word_embeddings": "token_embd", "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types", "embeddings.LayerNorm": "token_embd_norm",
+}  # fmt: skip
+BERT = {
+    "attention.self.query": "attn_q", "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v", "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm", "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down", "output.LayerNorm": "layer_output_norm",
+}  # fmt: skip
+
+
 class Imatrix(ctypes.Structure):
     """llama_model_imatrix_data of llama.h."""
 
@@ -67,6 +80,11 @@ def compress(job: Job) -> None:
 
 def name_of(name: str, kind: str) -> str:
     """llama.cpp's name of a tensor."""
+    if kind == "bert":
+        stem, _, part = name.rpartition(".")
+        block = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem)
+        own = f"blk.{block[1]}.{BERT[block[2]]}" if block else BERT_FIXED[stem]
+        return f"{own}.{part}"
     fixed = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem = name.removesuffix(".weight")
     if stem in fixed:
@@ -79,6 +97,8 @@ def ordered(name: str, weight: torch.Tensor, config: object, *, back: bool) -> t
     """Rows of q and k in llama.cpp's order, or back; Gemma's gains with their 1."""
     if config.model_type == "gemma3_text":
         return weight + (-1 if back else 1) * (1 if "norm" in name else 0)
+    if config.model_type == "bert":
+        return weight
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     own = heads.get(name.split(".")[-2])
     if own is None:
@@ -89,16 +109,12 @@ def ordered(name: str, weight: torch.Tensor, config: object, *, back: bool) -> t
 
 
 def write_gguf(job: Job, model: torch.nn.Module, path: Path) -> None:
-    """Everything but the tensors is that of the file the model came from."""
-    source = gguf.GGUFReader(job.folder / "source.gguf")
-    architecture = source.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(path, architecture)
-    skipped = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
-    for name, field in source.fields.items():
-        if not name.startswith(skipped):
-            nested = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], nested)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    """Everything but the tensors is that of the file the model came from, if it came from one."""
+    bert = model.config.model_type == "bert"
+    writer = bert_writer(job, model.config, path) if bert else copied_writer(job, path)
+    tied = (
+        {"lm_head.weight"} if job.kind == "language" and model.config.tie_word_embeddings else set()
+    )
     for name, weight in model.named_parameters():
         if name not in tied:
             value = ordered(name, weight.detach(), model.config, back=False)
@@ -107,6 +123,40 @@ def write_gguf(job: Job, model: torch.nn.Module, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def copied_writer(job: Job, path: Path) -> gguf.GGUFWriter:
+    source = gguf.GGUFReader(job.folder / "source.gguf")
+    architecture = source.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    skipped = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
+    for name, field in source.fields.items():
+        if not name.startswith(skipped):
+            nested = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], nested)
+    return writer
+
+
+def bert_writer(job: Job, config: object, path: Path) -> gguf.GGUFWriter:
+    """What llama.cpp's own converter writes of a BERT sentence encoder."""
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    read = json.loads((job.folder / "model" / "tokenizer.json").read_text("utf-8"))
+    tokens = sorted(read["model"]["vocab"], key=read["model"]["vocab"].get)
+    # Its word pieces start with the mark of a space where a word starts.
+    pieces = [t[2:] if t.startswith("##") else t if t[0] == "[" else f"\u2581{t}" for t in tokens]
+    writer.add_tokenizer_model("bert")
+    writer.add_token_type_count(config.type_vocab_size)
+    writer.add_token_list(pieces)
+    writer.add_token_types([1] * len(pieces))
+    return writer
 
 
 def importance(job: Job, model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -123,10 +173,12 @@ def importance(job: Job, model: torch.nn.Module) -> dict[str, np.ndarray]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.register_forward_hook(hook(name_of(f"{name}.weight", model.config.model_type)))
+    masks = job.calibration.get("attention")
     with torch.no_grad():
-        for row in job.tokens:
-            model(row[None])
-    return {name: (total / job.tokens.numel()).numpy() for name, total in sums.items()}
+        for number, row in enumerate(job.tokens):  # without the filling of a short sentence
+            model((row if masks is None else row[masks[number].bool()])[None])
+    n_tokens = job.tokens.numel() if masks is None else int(masks.sum())
+    return {name: (total / n_tokens).numpy() for name, total in sums.items()}
 
 
 def quantize(full: Path, made: Path, file_type: int, power: dict[str, np.ndarray]) -> None:

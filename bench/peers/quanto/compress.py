@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from optimum.quanto import QModuleMixin, freeze, qint2, qint4, qint8, quantize
-from peer import Job, main, plain
+from peer import Job, main, plain, tied_head
 from safetensors.torch import save_file
 
 TYPES = {"qint2": qint2, "qint4": qint4, "qint8": qint8}
@@ -14,11 +14,11 @@ TYPES = {"qint2": qint2, "qint4": qint4, "qint8": qint8}
 
 def compress(job: Job) -> None:
     model = job.model(torch.float16)
-    # A tied head is the embedding: treating it alone would store the table twice.
-    tied = ["lm_head"] if getattr(model.config, "tie_word_embeddings", False) else []
+    tied = tied_head(model)
     quantize(model, weights=TYPES[job.setting], exclude=tied)
     freeze(model)
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    left_out = {f"{name}.weight" for name in tied}
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in left_out}
     save_file(state, job.artifact / "model.safetensors")
     job.written()
     treated = {

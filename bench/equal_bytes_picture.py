@@ -12,12 +12,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from xml.sax.saxutils import escape
 
-from equal_bytes import ATTAR, ATTAR_GGUF, BITS, Point, at, front_of, own_at
+from equal_bytes import Point, at, front_of, own_at
+from equal_bytes_subjects import ATTAR, ATTAR_GGUF, BITS, SUBJECTS
 from results_file import ROOT, Table, number
 
 PICTURE = ROOT / "docs" / "equal_bytes.svg"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 380, 70, 170, 40, 50
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
+# One panel: its size, and the room left around its curves. Panels stand in rows of COLUMNS.
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 280, 62, 14, 36, 46
+COLUMNS = 2
+LEGEND_LINE, LEGEND_ITEM = 24, 150
+# Okabe and Ito's colours, which people with colour blindness can tell apart, and three more that
+# differ from them in lightness.
 COLOURS = {
     ATTAR: "#0072b2",
     ATTAR_GGUF: "#56b4e9",
@@ -25,18 +30,26 @@ COLOURS = {
     "auto_round": "#009e73",
     "llm_compressor": "#cc79a7",
     "hqq": "#e69f00",
-    "quanto": "#666666",
+    "quanto": "#777777",
+    "torchao": "#000000",
+    "nncf": "#7a4b00",
+    "onnxruntime": "#4b2a85",
 }
 NAMES = {
     ATTAR: "Attar",
     ATTAR_GGUF: "Attar, GGUF",
     "llama_cpp": "llama.cpp, imatrix",
     "auto_round": "AutoRound",
-    "llm_compressor": "llm-compressor GPTQ",
+    "llm_compressor": "llm-compressor",
     "hqq": "HQQ",
     "quanto": "quanto",
+    "torchao": "torchao",
+    "nncf": "NNCF",
+    "onnxruntime": "onnxruntime",
 }
-WORST = 3.0  # nats beyond which a model is of no use: not drawn
+# Not drawn: a model of no use, and one hardly smaller than in 16 bits. A sentence encoder's nats
+# add up over the numbers of its vector.
+WORST_NATS, WORST_NATS_OF_ENCODER, MOST_BITS = 3.0, 100.0, 10.0
 
 Points = Mapping[str, Sequence[Point]]
 
@@ -52,16 +65,28 @@ def points_of(rows: Sequence[Mapping[str, str]], model: str) -> dict[str, list[P
 
 
 def draw(panels: Mapping[str, Points]) -> str:
-    """All panels, one below the other."""
-    height = HEIGHT * len(panels)
+    """All panels, and one legend below them."""
+    columns = min(COLUMNS, len(panels))
+    width, grid = WIDTH * columns, HEIGHT * math.ceil(len(panels) / columns)
+    used = [tool for tool in NAMES if any(tool in points for points in panels.values())]
+    per_line = width // LEGEND_ITEM
+    height = grid + LEGEND_LINE * (math.ceil(len(used) / per_line) + 1)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for place, (model, points) in enumerate(panels.items()):
-        parts.append(f'<g transform="translate(0 {place * HEIGHT})">')
+        row, column = divmod(place, columns)
+        parts.append(f'<g transform="translate({column * WIDTH} {row * HEIGHT})">')
         parts += [*panel(model, points), "</g>"]
+    for place, tool in enumerate(used):
+        row, column = divmod(place, per_line)
+        x, y = LEFT + column * LEGEND_ITEM, grid + LEGEND_LINE * (row + 0.5)
+        parts += [
+            f'<circle cx="{x}" cy="{y}" r="5" fill="{COLOURS[tool]}"/>',
+            f'<text x="{x + 11}" y="{y + 4}">{NAMES[tool]}</text>',
+        ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -70,7 +95,12 @@ Place = Callable[[float], float]
 
 def panel(model: str, points: Points) -> list[str]:
     """Scales and curves of one model."""
-    shown = {tool: [p for p in of if p[1] <= WORST] for tool, of in points.items()}
+    encodes = SUBJECTS[model].kind == "encoder"
+    worst = WORST_NATS_OF_ENCODER if encodes else WORST_NATS
+    shown = {
+        tool: [(b, d) for b, d in of if d <= worst and b <= MOST_BITS]
+        for tool, of in points.items()
+    }
     every = [point for of in shown.values() for point in of]
     low = math.floor(math.log10(min(d for _, d in every)))
     high = math.ceil(math.log10(max(d for _, d in every)))
@@ -109,21 +139,21 @@ def _scales(bits: range, powers: range, x: Place, y: Place) -> list[str]:
 
 
 def _curves(shown: Points, x: Place, y: Place) -> list[str]:
-    parts, beside = [], WIDTH - RIGHT + 14
-    for line, (tool, of) in enumerate((t, of) for t, of in shown.items() if of):
+    parts = []
+    for tool, of in reversed([(t, of) for t, of in shown.items() if of]):  # Attar on top
         colour = COLOURS[tool]
         path = " ".join(f"{x(b)},{y(d)}" for b, d in front_of(of))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x(b)}" cy="{y(d)}" r="4" fill="{colour}"/>' for b, d in of]
-        parts += [
-            f'<circle cx="{beside}" cy="{TOP + 22 * line}" r="5" fill="{colour}"/>',
-            f'<text x="{beside + 12}" y="{TOP + 22 * line + 5}">{NAMES[tool]}</text>',
-        ]
+        parts += [f'<circle cx="{x(b)}" cy="{y(d)}" r="3.5" fill="{colour}"/>' for b, d in of]
     return parts
 
 
 def table(model: str, points: Points) -> str:
-    """Attar beside the best peer at every target, as Markdown."""
+    """Attar beside the best peer at every target, as Markdown.
+
+    A peer's figure is read off the line between its two nearest points, of the logarithm of the
+    divergence; beyond its largest point that point stands.
+    """
     lines = [
         f"| {model}, bits per parameter | Attar | best peer there | ratio |",
         "|---|---|---|---|",

@@ -64,10 +64,14 @@ def _hellaswag(data: Path) -> Iterator[Item]:
 def _arc_easy(data: Path) -> Iterator[Item]:
     for line in (data / "lm-eval" / "arc_easy_test.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
-        labels = [choice["label"] for choice in row["question"]["choices"]]
         choices = tuple(f" {choice['text']}" for choice in row["question"]["choices"])
         context = f"Question: {row['question']['stem']}\nAnswer:"
-        yield Item(context, choices, labels.index(row["answerKey"]))
+        # Some rows number their choices, and still name the right one by its letter.
+        yield Item(context, choices, _place(row["answerKey"]))
+
+
+def _place(key: str) -> int:
+    return int(key) - 1 if key.isdigit() else ord(key) - ord("A")
 
 
 def _piqa(data: Path) -> Iterator[Item]:

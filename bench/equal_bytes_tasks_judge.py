@@ -20,6 +20,8 @@ QUICK_ITEMS = 4
 def judged(weights: str, facts: Mapping[str, Any], data: Path) -> dict[str, float]:
     session = opened(facts)
     tokenizer = Tokenizer.from_str(session.model.files["tokenizer.json"].decode())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     start = int(session.model.architecture.config["bos_token_id"])
     other = other_module(session, weights, facts)
     found: dict[str, float] = {}

@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from attar import decide, pipeline
+from attar import decide, equalising, pipeline
 from attar.memory import peak_bytes
 from attar.records import Recipe
 from attar.session import open_recipe
@@ -21,12 +21,15 @@ from attar.session import open_recipe
 def main() -> None:
     typed, sizes = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     numbers = {n: int(v) for n, v in typed.items() if v.isdigit()}
-    session = open_recipe(Recipe(**{**typed, **numbers}, size="100%", accept_licence=True))
-    priced = decide.price(session, decide.explain(session))
-    shared = {stage: session.seconds[stage] for stage in ("load", "price")}
+    recipe = Recipe(**{**typed, **numbers}, size="100%", accept_licence=True)
+    opened = open_recipe(recipe)
+    session, statistics = equalising.equalise(opened, decide.explain(opened))
+    priced = decide.price(session, statistics), session.equalised
+    shared = session.seconds["price"]
     for folder, size in sizes.items():
-        recipe = replace(session.recipe, size=size)
-        sized = replace(session, recipe=recipe, seconds=dict(shared))
+        # Opened again: what was equalised is folded into the module in place.
+        sized = open_recipe(replace(recipe, size=size))
+        sized.seconds["price"] = shared
         report = pipeline.compress_session(sized, Path(folder), priced)
         facts = {
             "seconds": sum(report.seconds.values()),

@@ -32,8 +32,8 @@ COLOURS = {
     "hqq": "#e69f00",
     "quanto": "#777777",
     "torchao": "#000000",
-    "nncf": "#7a4b00",
-    "onnxruntime": "#4b2a85",
+    "nncf_weights": "#7a4b00",
+    "onnxruntime_weights": "#4b2a85",
 }
 NAMES = {
     ATTAR: "Attar",
@@ -44,8 +44,8 @@ NAMES = {
     "hqq": "HQQ",
     "quanto": "quanto",
     "torchao": "torchao",
-    "nncf": "NNCF",
-    "onnxruntime": "onnxruntime",
+    "nncf_weights": "NNCF",
+    "onnxruntime_weights": "onnxruntime",
 }
 # Not drawn: a model of no use, and one hardly smaller than in 16 bits. A sentence encoder's nats
 # add up over the numbers of its vector.

@@ -94,14 +94,14 @@ SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "hqq": HQQ,
         "quanto": QUANTO,
         "torchao": TORCHAO,
-        "nncf": [
+        "nncf_weights": [
             "INT4_SYM, groups of 64",
             "INT4_ASYM, groups of 64",
             "INT4_ASYM, groups of 64, AWQ, scale estimation",
             "INT4_ASYM, groups of 64, all layers",
             "INT8_ASYM",
         ],
-        "onnxruntime": [
+        "onnxruntime_weights": [
             "4 bits, blocks of 32",
             "4 bits, blocks of 32, embeddings too",
             "4 bits, blocks of 128, embeddings too",
@@ -114,7 +114,7 @@ SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "hqq": HQQ,
         "quanto": QUANTO,
         "torchao": TORCHAO,
-        "nncf": ["INT4_ASYM, groups of 64, all layers", "INT8_ASYM"],
+        "nncf_weights": ["INT4_ASYM, groups of 64, all layers", "INT8_ASYM"],
     },
 }
 # Tried, or read up, and not possible here.

@@ -16,8 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attar.command_output import check_json, fail, quieten, screen, show, write_json
-from attar.errors import AttarError, Terminated
+from attar.command_output import (
+    check_json,
+    check_one_of,
+    fail,
+    quieten,
+    screen,
+    show,
+    terminate,
+    write_json,
+)
+from attar.errors import AttarError
 from attar.options import (
     MODEL_HELP,
     AcceptLicence,
@@ -138,7 +147,7 @@ def plan(
     from attar.report.terminal import plan_to_text
     from attar.resuming import discard
 
-    _check_one_of(size, frontier, out)
+    check_one_of(size, frontier, out)
     recipe = _recipe({**locals(), "size": size or ""})
     if frontier is not None:
         _plan_all_sizes(recipe, frontier, force=force, restart=restart)
@@ -206,10 +215,11 @@ def explain(
 ) -> None:
     """Say what every unit of a model is worth."""
     from attar import decide, pipeline, serving
+    from attar.explain import check_criterion
     from attar.report.terminal import scores_to_text
 
     recipe = _recipe(locals())
-    _check_criterion(criterion)
+    check_criterion(criterion)
     check_json(json_file)
     with open_progress() as progress:
         scores, statistics, session = pipeline.explain(recipe, progress=progress)
@@ -354,23 +364,6 @@ def _plan_all_sizes(recipe: Recipe, folder: Path, *, force: bool, restart: bool)
     show(f"\npicture  {folder / 'frontier.html'}\nnext     {then}")
 
 
-def _check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:
-    if (size is None) == (frontier is None):
-        raise typer.BadParameter("ask for one --size SIZE, or for all with --frontier DIR")
-    if frontier is not None and out is not None:
-        raise typer.BadParameter("--frontier DIR is where it is written: leave --out out")
-
-
-def _check_criterion(name: str) -> None:
-    from attar.errors import SettingError
-    from attar.explain import CRITERIA
-
-    if name not in CRITERIA:
-        raise SettingError(
-            f"there is no criterion {name!r}.", hint=f"use one of {', '.join(CRITERIA)}."
-        )
-
-
 def _exit_code(verdict: Verdict) -> int:
     return {"passed": PASSED, "failed": FAILED}.get(verdict.outcome, UNDECIDED)
 
@@ -378,7 +371,7 @@ def _exit_code(verdict: Verdict) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; two lines on stderr for a mistake."""
     if arguments is None:  # as a program of its own, a termination cleans up like Ctrl-C
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [word for word in typed if word != "--debug"] or ["--help"]
@@ -405,7 +398,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(INTERRUPTED)
     return int(code or PASSED)
-
-
-def _terminate(_number: int, _frame: object) -> None:
-    raise Terminated

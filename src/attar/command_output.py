@@ -13,6 +13,8 @@ from typing import Any
 
 import typer
 
+from attar.errors import Terminated
+
 WRONG = 2  # exit code of a mistake in what was typed or given
 NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
 
@@ -57,3 +59,16 @@ def fail(problem: str, hint: str) -> int:
     one_line = [" ".join(text.split()) for text in (problem, hint)]
     typer.echo("error: {}\nhint: {}".format(*one_line), err=True)
     return WRONG
+
+
+def check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:
+    """Refuse to plan for one size and for all of them, or for none."""
+    if (size is None) == (frontier is None):
+        raise typer.BadParameter("ask for one --size SIZE, or for all with --frontier DIR")
+    if frontier is not None and out is not None:
+        raise typer.BadParameter("--frontier DIR is where it is written: leave --out out")
+
+
+def terminate(_number: int, _frame: object) -> None:
+    """Answer a signal by unwinding, so that nothing is left half-written."""
+    raise Terminated

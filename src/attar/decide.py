@@ -29,13 +29,7 @@ from attar.records import (
 )
 from attar.session import Session
 from attar.sites import substituted
-from attar.transform.apply import (
-    Done,
-    Treated,
-    apply_choices,
-    build_transform,
-    substitutions,
-)
+from attar.transform.apply import Done, Treated, apply_choices, build_transform, substitutions
 from attar.trials import Trials
 
 # Share of the calibration data on which changes are priced again at the compressed point: a
@@ -107,8 +101,7 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     menus.check_keep(session.units, keep)
     around = int8.decide_rounded(session)
     free = [unit for unit in session.units if not menus.is_kept(unit, keep)]
-    treatments: dict[str, Sequence[menus.Treatment]]
-    treatments = {unit.name: [menus.KEEP] for unit in session.units}
+    treatments: dict[str, Sequence[menus.Treatment]] = {u.name: [menus.KEEP] for u in session.units}
     treatments |= {unit.name: menu(session, unit, integers=unit.name in around) for unit in free}
     return int8.with_rounded(price_treatments(session, statistics, treatments), around)
 

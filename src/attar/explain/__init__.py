@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from attar.errors import SettingError
 from attar.explain import activation, magnitude, price, taylor, wanda
 from attar.records import Model, Scores, Statistics, Units
 
@@ -14,3 +15,15 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": taylor.score,
     "activation": activation.score,
 }
+
+
+def check_criterion(name: str) -> None:
+    """Refuse a criterion that is not there.
+
+    Raises:
+        SettingError: With those that are.
+    """
+    if name not in CRITERIA:
+        raise SettingError(
+            f"there is no criterion {name!r}.", hint=f"use one of {', '.join(CRITERIA)}."
+        )

@@ -214,11 +214,11 @@ def explain(
     accept_licence: AcceptLicence = False,
 ) -> None:
     """Say what every unit of a model is worth."""
+    recipe = _recipe(locals())  # first: what is imported would be taken for arguments
     from attar import decide, pipeline, serving
     from attar.explain import check_criterion
     from attar.report.terminal import scores_to_text
 
-    recipe = _recipe(locals())
     check_criterion(criterion)
     check_json(json_file)
     with open_progress() as progress:

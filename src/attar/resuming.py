@@ -93,10 +93,15 @@ class Finished:
         try:
             _write(path, step, made)
         except OSError as error:
-            self.folder = None
-            shutil.rmtree(folder, ignore_errors=True)  # the result itself needs the room
-            self.tell(f"what is finished is not kept: {error.strerror or error}")
+            self.give_up(error)
         return made
+
+    def give_up(self, error: OSError) -> None:
+        """Keep nothing: the result itself needs the room."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = None
+        self.tell(f"what is finished is not kept: {error.strerror or error}")
 
     @property
     def count(self) -> int:
@@ -144,8 +149,7 @@ def keeping(out: Path, key: Mapping[str, Any], tell: Callable[[str], None]) -> I
             tell(f"{folder} is of another run ({differs}): all is done again")
     try:
         if differs is not None:
-            folder.mkdir(parents=True)
-            _put(folder / RUN, json.dumps(key, indent=1).encode())
+            _begin(finished, key)
         elif finished.count:
             tell(f"going on from {folder}: {finished.count} steps are finished")
         yield finished
@@ -159,6 +163,16 @@ def keeping(out: Path, key: Mapping[str, Any], tell: Callable[[str], None]) -> I
         _remove(folder, missing)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(finished: Finished, key: Mapping[str, Any]) -> None:
+    """Make the folder; where that cannot be, the run goes on without."""
+    assert finished.folder is not None
+    try:
+        finished.folder.mkdir(parents=True)
+        _put(finished.folder / RUN, json.dumps(key, indent=1).encode())
+    except OSError as error:
+        finished.give_up(error)
 
 
 def _remove(folder: Path, missing: Sequence[Path]) -> None:

@@ -34,7 +34,7 @@ SHAPES: Mapping[str, tuple[int, int, int, int, int, int, bool]] = {
     "llama-4m": (64, 128, 2, 4, 2, 49152, True),
 }
 MODELS = ("llama-135m", "llama-360m", "llama-1b")
-SETTINGS = {"size": "25%", "calibration": "1024", "recovery": "512", "audit": "512"}
+SETTINGS = {"size": "25%", "rounds": "1", "calibration": "1024", "recovery": "512", "audit": "512"}
 
 
 def measure(options: Options) -> Iterator[Row]:

@@ -54,8 +54,7 @@ def free(unit, change):
 def facts(module, known=nothing, price=free):
     def of(unit):
         weight = module.get_parameter(f"{unit.name}.weight").detach()
-        bias = module.get_parameter(unit.bias).detach() if unit.bias else None
-        return weight.reshape(unit.rows, unit.columns), bias, known, price
+        return weight.reshape(unit.rows, unit.columns), known, price
 
     return of
 
@@ -192,7 +191,7 @@ def test_a_bias_takes_up_what_the_price_says_in_a_substitution_and_in_a_copy():
     units = Units((UNITS.units[0], replace(UNITS.units[1], bias="2.bias")), ())
 
     def price(unit, change):
-        return 0.0, added if unit.bias else None
+        return 0.0, module[2].bias.detach() + added if unit.bias else None
 
     treated, _ = applied(module, price=price, units=units)
     plain, _ = applied(module)

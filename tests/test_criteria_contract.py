@@ -18,7 +18,7 @@ from attar.session import open_session
 ALL = pytest.mark.parametrize("name", CRITERIA)
 MODELS = pytest.mark.parametrize("kind", ["classify", "language", "convolution"])
 # In the folder, but no criterion: they gather what criteria read.
-HELPERS = {"statistics", "gatherer", "moments", "probe", "sampling"}
+HELPERS = {"statistics", "gatherer", "moments", "probe", "sampling", "activation_price"}
 
 
 def _session(model, inputs, *, task=None):

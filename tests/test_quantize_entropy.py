@@ -387,7 +387,7 @@ def test_rows_of_an_embedding_have_bits_by_their_worth_and_lose_less_than_by_blo
     weight, importance = random(2048, 64), 1 / torch.arange(1.0, 2049)
     importance = importance[torch.randperm(2048, generator=torch.Generator().manual_seed(4))]
     rows = RowWeights(importance, torch.ones(2048))
-    rounding = Rounding.of(weight, None, rows, True)
+    rounding = Rounding.of(weight, None, rows, BY_WORTH)
     codes, _ = search(rounding, int(3 * weight.numel() / 8))
     spread = (codes.codes.float() - coded.MIDDLE).square().mean(1).sqrt()
     # A row worth four times as much has steps half as wide: one bit more for each weight.
@@ -399,6 +399,8 @@ def test_rows_of_an_embedding_have_bits_by_their_worth_and_lose_less_than_by_blo
     lost = float(((codes.dense() - weight).square().sum(1) * importance).sum())
     by_blocks, chosen = blocks_of_rows(weight, importance, 3)
     assert len({c.settings["bits"] for c in chosen.values()}) > 2  # they do mix
-    even, _ = search(Rounding.of(weight, None, rows, False), int(3 * weight.numel() / 8))
+    even, _ = search(
+        Rounding.of(weight, None, rows, QuantizeEntropy()), int(3 * weight.numel() / 8)
+    )
     evenly = float(((even.dense() - weight).square().sum(1) * importance).sum())
     assert lost < 0.7 * by_blocks and by_blocks < evenly

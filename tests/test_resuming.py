@@ -261,7 +261,10 @@ def test_curvature_comes_back_as_small_and_as_shared_as_it_was(tmp_path):
     sums.add_outer(torch.randn(9, 7, generator=draws))
     packed, rows = sums.packed(), torch.rand(3, generator=draws)
     curvatures = Curvatures(
-        {"a": ((rows, packed, packed, None),), "b": ((rows, sums, sums, sums),)}
+        {
+            "a": ((rows, packed, packed, None, torch.rand(2, 7, generator=draws)),),
+            "b": ((rows, sums, sums, sums, None),),
+        }
     )
     found = kept(tmp_path, curvatures)
     assert found._kept["a"][0][1] is found._kept["a"][0][2]
@@ -270,6 +273,8 @@ def test_curvature_comes_back_as_small_and_as_shared_as_it_was(tmp_path):
         (one,), (other,) = found[name], curvatures[name]
         assert one.first is one.second
         assert torch.equal(one.first, other.first) and torch.equal(one.rows, other.rows)
+    assert torch.equal(found["a"][0].means, curvatures["a"][0].means)
+    assert found["b"][0].means is None
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from attar.records import (
 )
 from attar.report.html import report_to_html
 from attar.session import Session, open_model, open_session
-from attar.transform.apply import build_transform, materialise
+from attar.transform.apply import biases, build_transform, materialise
 from attar.trials import check_decider
 from attar.writing import check_form
 
@@ -230,7 +230,8 @@ def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
     session = made.session
     module = materialise(session.model.module, made.decided.treated)
     held = module.state_dict()
-    for name, tensor in session.leftovers().items():  # as a file would hold them
+    # As a file would hold them.
+    for name, tensor in session.leftovers(biases(made.decided.treated)).items():
         held[name].copy_(tensor)
     small = replace(
         session.model,

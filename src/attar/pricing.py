@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attar.cost import leftover_dtype
 from attar.disk import Scratch
 from attar.errors import AttarError
 from attar.explain import price
@@ -47,16 +48,22 @@ FEEDS_BACK = (
 
 
 def price_change(
-    statistics: Statistics, treatment: str, unit: Unit, change: Tensor
+    statistics: Statistics, treatment: str, bias: Tensor | None, unit: Unit, change: Tensor
 ) -> tuple[float, Tensor | None]:
     """Price a change that a treatment made of a weight, `rows columns`.
 
+    Args:
+        bias: The unit's (`Unit.bias`), `rows`; None where it has none.
+
     Returns:
-        Nats per prediction, and what comes to the unit's bias, `rows`; None where it has none.
+        Nats per prediction, and the bias that takes the mean error away, as it will be stored.
     """
     curvatures = statistics.curvatures[unit.name]
     nats = price.damage(change, curvatures) * _coherence(statistics, treatment, unit)
-    return nats, bias_change(change, curvatures) if unit.bias else None
+    if bias is None:
+        return nats, None
+    moved = bias + bias_change(change, curvatures)
+    return nats, moved.to(leftover_dtype(unit.bias, moved)).to(bias.dtype)
 
 
 def price_all(
@@ -149,8 +156,8 @@ def _of_gain(session: Session, unit: Unit) -> Transform:
 def facts(session: Session, statistics: Statistics, unit: Unit, treatment: str) -> Facts:
     """Take along what treating one unit needs, and nothing of the others."""
     own = of_unit(statistics, unit.name)
-    told = partial(known, own), partial(price_change, own, treatment)
-    return session.weight(unit), session.bias(unit), *told
+    priced = partial(price_change, own, treatment, session.bias(unit))
+    return session.weight(unit), partial(known, own), priced
 
 
 def known(

@@ -176,6 +176,10 @@ class Units:
 # the explain stage: curvature and scores
 
 
+# Share of its square by which the mean of what enters a weight may be another one on other data.
+MEAN_HEDGE = 0.25
+
+
 @dataclass(frozen=True)
 class Curvature:
     """One Kronecker term of the Fisher information of one weight, per prediction.
@@ -185,7 +189,7 @@ class Curvature:
     an embedding R is the frequency of each token and C is G.
     Both are known in two halves from different samples: what was rounded on one is priced on the
     other. Where a bias takes the mean error of the output away, C is about the mean of what
-    enters, and not about zero, but for a part of it (`moments.MEAN_HEDGE`).
+    enters, and not about zero, but for a part of it (MEAN_HEDGE).
 
     Attributes:
         rows: R: `groups rows/groups rows/groups`, or `rows` where only the diagonal is kept.

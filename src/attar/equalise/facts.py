@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attar.links import COLUMNS, GAIN, ROWS, Change, Link, Mix, Reader, on_features
-from attar.records import Batch, Curvature, Statistics, Unit
+from attar.records import MEAN_HEDGE, Batch, Curvature, Statistics, Unit
 from attar.sites import Call, watched
 
 TINY = 1e-30
@@ -214,13 +214,22 @@ def changed_curvature(curvature: Curvature, side: Side) -> Curvature:
     if side.is_rows:
         first = None if curvature.rows_first is None else both(curvature.rows_first)
         return replace(curvature, rows=both(curvature.rows), rows_first=first)
-    means = curvature.means
+    means, halves = curvature.means, (both(curvature.first), both(curvature.second))
     if means is not None:
+        before = side.mix.rows(means.double().T).T.float()
         taken = 0.0 if side.shift is None else side.shift
         means = side.mix.rows((means.double() - taken).T).T.float()
-    return replace(
-        curvature, first=both(curvature.first), second=both(curvature.second), means=means
-    )
+        first, second = (_about(half, before[0], means[0]) for half in halves)
+        halves = first, second
+    return replace(curvature, first=halves[0], second=halves[1], means=means)
+
+
+def _about(factor: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """C holds a part of the mean's square, and that is another one now."""
+    if factor.dim() == 1:
+        return factor + MEAN_HEDGE * (after.square() - before.square())
+    old, new = (mean.reshape(len(factor), -1, 1) for mean in (before, after))
+    return factor + MEAN_HEDGE * (new @ new.transpose(1, 2) - old @ old.transpose(1, 2))
 
 
 def _both(factor: Tensor, mix: Mix) -> Tensor:

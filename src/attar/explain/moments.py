@@ -23,8 +23,6 @@ POSITIONS_AT_MOST = 196
 # Share of the tokens to come that may be of another kind than the data. With a quarter, SmolLM2's
 # table, priced on one text, errs a tenth more on the same text and 20 to 30% less on four others.
 HEDGE = 0.25
-# Share of its square by which the mean of what enters a weight may be another one on other data.
-MEAN_HEDGE = 0.25
 
 
 def inputs_of(

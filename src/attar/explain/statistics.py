@@ -39,11 +39,11 @@ from attar.explain.gatherer import (
     curvature_shapes,
     kept_numbers,
 )
-from attar.explain.moments import MEAN_HEDGE, add_second_moment, hedged, token_frequency
+from attar.explain.moments import add_second_moment, hedged, token_frequency
 from attar.kernels.symmetric import Packed, Symmetric
 from attar.memory import release
 from attar.parallel import in_order
-from attar.records import Batch, Curvature, Model, Progress, Statistics, Unit, Units
+from attar.records import MEAN_HEDGE, Batch, Curvature, Model, Progress, Statistics, Unit, Units
 
 # What one stream saw is priced against what the other saw.
 STREAMS = 2

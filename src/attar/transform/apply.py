@@ -32,10 +32,10 @@ from attar.transform.quantize_feedback import QuantizeFeedback, quantize_all
 Known = Callable[[Unit], tuple[Tensor | None, RowWeights | None]]
 """What a treatment is told of a unit: see `Transform.apply`."""
 Price = Callable[[Unit, Tensor], tuple[float, Tensor | None]]
-"""Nats per prediction of adding a change (`rows columns`) to a unit's weight, and what is added to
-its bias then, `rows`; None where it has none."""
-Facts = tuple[Tensor, Tensor | None, Known, Price]
-"""The weight (`rows columns`) and the bias (`rows`) of one unit, and what is known of that unit."""
+"""Nats per prediction of adding a change (`rows columns`) to a unit's weight, and the unit's bias
+beside it, `rows`; None where it has none of its own."""
+Facts = tuple[Tensor, Known, Price]
+"""The weight (`rows columns`) of one unit, and what is known of that unit."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ def treat_as_chosen(unit: Unit, choice: Candidate, facts: Facts) -> Done:
     Raises:
         ModelError: The weight is not finite.
     """
-    weight, bias, known, price = facts
+    weight, known, price = facts
     check_finite(unit, weight)
     transform = build_transform(choice.treatment, choice.settings)
     replacement = transform.apply(weight, *known(unit))
     change = replacement.dense - weight
-    nats, to_bias = price(unit, change)
+    nats, bias = price(unit, change)
     applied = Applied(
         unit=unit.name,
         treatment=choice.treatment,
@@ -151,8 +151,6 @@ def treat_as_chosen(unit: Unit, choice: Candidate, facts: Facts) -> Done:
         predicted_damage=nats,
         relative_error=float(change.norm() / weight.norm().clamp(min=1e-30)),
     )
-    if bias is not None and to_bias is not None:
-        bias = bias + to_bias
     treated = Treated(unit, transform, replacement.tensors, replacement.unpacked, bias)
     return treated, applied
 

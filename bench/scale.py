@@ -67,46 +67,56 @@ def build(name: str, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    hidden, inner, layers, heads, shared, vocabulary, tied = SHAPES[name]
-    width = hidden // heads
+    hidden, _, layers, _, _, vocabulary, tied = SHAPES[name]
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-
-    def random(rows: int, columns: int) -> torch.Tensor:
-        drawn = torch.randn(rows, columns, generator=generator)
-        return drawn.mul_(STANDARD_DEVIATION).bfloat16()
-
-    def layer(number: int) -> dict[str, torch.Tensor]:
-        prefix = f"model.layers.{number}."
-        sides = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (shared * width, hidden),
-            "self_attn.v_proj": (shared * width, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-        made = {f"{prefix}{part}.weight": random(*both) for part, both in sides.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            made[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-        return made
-
-    files: list[dict[str, torch.Tensor]] = []
     places: dict[str, str] = {}
     starts = range(0, layers, LAYERS_PER_FILE)
     for count, start in enumerate([*starts, layers]):
-        files = [layer(number) for number in range(start, min(layers, start + LAYERS_PER_FILE))]
-        tensors = {key: tensor for one in files for key, tensor in one.items()}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(start, min(layers, start + LAYERS_PER_FILE)):
+            shapes |= layer_shapes(name, layer)
         if start == layers:
-            tensors["model.embed_tokens.weight"] = random(vocabulary, hidden)
-            tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-            if not tied:
-                tensors["lm_head.weight"] = random(vocabulary, hidden)
+            ends = ("model.embed_tokens.weight", *(() if tied else ("lm_head.weight",)))
+            shapes |= dict.fromkeys(ends, (vocabulary, hidden))
+            shapes["model.norm.weight"] = (hidden,)
+        tensors = {
+            key: torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.randn(shape, generator=generator).mul_(STANDARD_DEVIATION).bfloat16()
+            for key, shape in shapes.items()
+        }
         file = f"model-{count + 1:05}-of-{len(starts) + 1:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
-    config = {
+    (folder / "config.json").write_text(json.dumps(config(name)))
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "tokenizer.json").write_bytes(tokenizer(vocabulary))
+
+
+def layer_shapes(name: str, number: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's weights and norms, by their names in the file."""
+    hidden, inner, _, heads, shared, _, _ = SHAPES[name]
+    width = shared * hidden // heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (width, hidden),
+        "self_attn.v_proj": (width, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    return {f"model.layers.{number}.{part}.weight": shape for part, shape in shapes.items()}
+
+
+def config(name: str) -> dict[str, Any]:
+    """Describe a shape as config.json does."""
+    hidden, inner, layers, heads, shared, vocabulary, tied = SHAPES[name]
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
@@ -115,17 +125,13 @@ def build(name: str, folder: Path) -> None:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": shared,
-        "head_dim": width,
+        "head_dim": hidden // heads,
         "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "tokenizer.json").write_bytes(tokenizer(vocabulary))
 
 
 def tokenizer(vocabulary: int) -> bytes:

@@ -26,12 +26,13 @@ from attar.equalise.facts import (
     sides,
 )
 from attar.equalise.find import find_links, gains_first, put
-from attar.errors import AttarError, PlanError, SettingError
+from attar.errors import AttarError, PlanError
 from attar.links import GAIN, Change, Found, Link, folded
 from attar.parallel import in_order
 from attar.plan import candidates as menus
 from attar.records import Equalised, Statistics, Transform, Unit
 from attar.session import Session, state_hash
+from attar.tables import build
 from attar.transform.apply import build_transform
 
 # What a change must save of the price of the units it touches: less is noise of the statistics.
@@ -62,18 +63,7 @@ def build_fold(method: str, settings: Mapping[str, Any]) -> Fold:
     Raises:
         SettingError: The name is not in the table, or a setting is not one of the method's.
     """
-    kind = FOLDS.get(method)
-    if kind is None:
-        raise SettingError(
-            f"there is no method {method!r} to equalise.", hint=f"use one of {', '.join(FOLDS)}."
-        )
-    try:
-        fold: Fold = kind(**settings)
-    except TypeError as error:
-        raise SettingError(
-            f"{method} has no such setting: {', '.join(settings)}.",
-            hint=f"its settings are {', '.join(kind.__dataclass_fields__)}.",
-        ) from error
+    fold: Fold = build(FOLDS, "method to equalise", method, settings)
     return fold
 
 

@@ -19,6 +19,7 @@ from attar.plan.solve import smallest, weight_bytes
 from attar.records import Batch, Candidate, Question, Recipe, Statistics, Trial
 from attar.session import Session
 from attar.sites import substituted
+from attar.tables import check_name
 from attar.transform.apply import Treated, build_transform, substitutions, treat_as_chosen
 
 # Samples of the recovery data that trials run on; a language model's have hundreds of predictions.
@@ -37,10 +38,7 @@ def check_decider(recipe: Recipe) -> None:
     Raises:
         SettingError: With those that are.
     """
-    if recipe.decide not in DECIDERS:
-        raise SettingError(
-            f"there is no decider {recipe.decide!r}.", hint=f"use one of {', '.join(DECIDERS)}."
-        )
+    check_name(DECIDERS, "decider", recipe.decide)
 
 
 class Trials:

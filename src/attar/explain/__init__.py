@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from attar.errors import SettingError
 from attar.explain import activation, magnitude, price, taylor, wanda
 from attar.records import Model, Scores, Statistics, Units
+from attar.tables import check_name
 
 Criterion = Callable[[Model, Units, Statistics], Scores]
 
@@ -23,7 +23,4 @@ def check_criterion(name: str) -> None:
     Raises:
         SettingError: With those that are.
     """
-    if name not in CRITERIA:
-        raise SettingError(
-            f"there is no criterion {name!r}.", hint=f"use one of {', '.join(CRITERIA)}."
-        )
+    check_name(CRITERIA, "criterion", name)

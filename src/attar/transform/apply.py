@@ -25,6 +25,7 @@ from attar.records import (
     Units,
     Unpacked,
 )
+from attar.tables import build
 from attar.transform import TRANSFORMS
 from attar.transform.quantize_entropy import QuantizeEntropy, trials
 from attar.transform.quantize_feedback import QuantizeFeedback, quantize_all
@@ -77,19 +78,7 @@ def build_transform(treatment: str, settings: Mapping[str, object]) -> Transform
     Raises:
         SettingError: The name is not in the table, or a setting is not one of the transform's.
     """
-    kind = TRANSFORMS.get(treatment)
-    if kind is None:
-        raise SettingError(
-            f"there is no treatment {treatment!r}.", hint=f"use one of {', '.join(TRANSFORMS)}."
-        )
-    try:
-        transform: Transform = kind(**settings)
-    except TypeError as error:
-        allowed = ", ".join(kind.__dataclass_fields__)
-        raise SettingError(
-            f"{treatment} has no such setting: {', '.join(settings)}.",
-            hint=f"its settings are {allowed}.",
-        ) from error
+    transform: Transform = build(TRANSFORMS, "treatment", treatment, settings)
     return transform
 
 

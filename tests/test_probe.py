@@ -23,7 +23,7 @@ def probed(module, batches, changes, task="classify", divergence=FIXED, draws=1,
         for name, change in changes.items()
     }
     given = {"seed": 0, "draws": draws, "progress": Silent(), "weights": weights}
-    return probe(model, made, batches, divergence, **given)
+    return probe(model, [made], batches, divergence, **given)[0]
 
 
 def test_independent_and_coherent_are_what_loops_sum_over_positions():
@@ -148,3 +148,18 @@ def test_a_bias_that_moves_along_is_part_of_the_change():
         dy = change.double().numpy() @ entering + move.double().numpy()
         total += (dy @ g) ** 2
     assert found.independent == pytest.approx(0.5 * total / 9, rel=1e-4)
+
+
+def test_several_changes_of_a_weight_are_priced_on_one_way_back_as_each_alone():
+    module, x = Picture(), random(6, 4, 7, 6)
+    model = toys.toy("classify", module, examples={"pixels": x})
+    sets = [
+        {"grouped.weight": lambda: 0.1 * random(6, 2, 3, 2, seed=1)},
+        {"grouped.weight": lambda: 0.2 * random(6, 2, 3, 2, seed=2)},
+        {},
+    ]
+    given = {"seed": 3, "draws": 2, "progress": Silent()}
+    together = probe(model, sets, [{"pixels": x}], FIXED, **given)
+    assert together == [probe(model, [one], [{"pixels": x}], FIXED, **given)[0] for one in sets]
+    assert set(together[0]) == {"grouped"} and not together[2]
+    assert together[0]["grouped"] != together[1]["grouped"]

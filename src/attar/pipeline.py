@@ -88,7 +88,7 @@ def compress_session(
         decided = decide.plan(session, candidates, statistics)
         relevance = decide.relevance(statistics)
         del statistics  # the largest thing in memory, and the audit does not need it
-        return _finish(session, decided, scores, relevance, out, forecast)
+        return finish(session, decided, scores, relevance, out, forecast)
 
 
 def apply_plan_file(
@@ -112,10 +112,10 @@ def apply_plan_file(
         decided = decide.follow(session, plan, statistics)
         relevance = decide.relevance(statistics)
         del statistics
-        return _finish(session, decided, scores, relevance, out, forecast)
+        return finish(session, decided, scores, relevance, out, forecast)
 
 
-def _finish(
+def finish(
     session: Session,
     decided: decide.Decided,
     scores: Mapping[str, Scores],

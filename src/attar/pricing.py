@@ -19,7 +19,7 @@ from attar.disk import Scratch
 from attar.errors import AttarError
 from attar.explain import price
 from attar.explain.price import bias_change
-from attar.explain.probe import Changes, Probed
+from attar.explain.probe import Changes
 from attar.explain.probe import probe as probe_changes
 from attar.explain.statistics import of_unit
 from attar.parallel import Work
@@ -178,30 +178,38 @@ def coherence(session: Session, statistics: Statistics) -> dict[str, dict[str, f
     errors that cancel over what it was fitted to, so it has its own factor. In a language model
     a few tokens with huge inputs and no gradient would fill A with what does not matter.
     """
-    plain = build_transform("quantize_rtn", {"bits": REFERENCE_BITS, "group_size": 0})
+    settings, share = {"bits": REFERENCE_BITS, "group_size": 0}, 1.0
+    references = {"": build_transform("quantize_rtn", settings)}
     if session.predicts_everywhere:
-        return {"": _ratios(session, statistics, plain, REFERENCE_SHARE_OF_SEQUENCES)}
-    fed_back = build_transform("quantize_feedback", {"bits": REFERENCE_BITS, "group_size": 0})
+        share = REFERENCE_SHARE_OF_SEQUENCES
+    else:
+        references["quantize_feedback"] = build_transform("quantize_feedback", settings)
+    scratch = Scratch(on_disk=session.on_disk)
+    made = [_made_alone(session, statistics, one, scratch) for one in references.values()]
+    changes = [_changes(session, [treated for treated, _ in one]) for one in made]
+    found = _probe(session, changes, share)
     return {
-        "": _ratios(session, statistics, plain, 1.0),
-        "quantize_feedback": _ratios(session, statistics, fed_back, 1.0),
+        kind: _ratios(one, damages)
+        for kind, one, damages in zip(references, made, found, strict=True)
     }
 
 
-def _ratios(
-    session: Session, statistics: Statistics, reference: Transform, share: float
-) -> dict[str, float]:
+def _made_alone(
+    session: Session, statistics: Statistics, reference: Transform, scratch: Scratch
+) -> list[tuple[Treated, float]]:
+    """Treat every unit by the reference, with what that costs by A and G alone."""
+
     def work(unit: Unit) -> Work[tuple[Treated, float] | None]:
         own = of_unit(statistics, unit.name)
         return partial(
             _priced_alone, unit, session.weight(unit), session.bias(unit), own, reference
         )
 
-    scratch = Scratch(on_disk=session.on_disk)
-    found_alone = (one for one in session.for_each_unit(work) if one is not None)
-    made = [(treated.moved(scratch), alone) for treated, alone in found_alone]
-    changes = _changes(session, [one for one, _ in made])
-    found = _damages(session, _probe(session, changes, share))
+    found = (one for one in session.for_each_unit(work) if one is not None)
+    return [(treated.moved(scratch), alone) for treated, alone in found]
+
+
+def _ratios(made: Iterable[tuple[Treated, float]], found: Mapping[str, float]) -> dict[str, float]:
     ratios = {}
     for one, alone in made:
         # Part of the data may not reach every unit; what it does not reach is not free.
@@ -244,21 +252,14 @@ def probe(session: Session, treated: Mapping[str, Treated], share: float) -> dic
         share: Of the calibration batches, taken from the front.
     """
     changes = _changes(session, treated.values())
-    return _damages(session, _probe(session, changes, share, substitutions(treated)))
-
-
-def _damages(session: Session, found: Mapping[str, Probed]) -> dict[str, float]:
-    return {
-        name: one.independent if session.predicts_everywhere else one.coherent
-        for name, one in found.items()
-    }
+    return _probe(session, [changes], share, substitutions(treated))[0]
 
 
 def _probe(
-    session: Session, changes: Changes, share: float, weights: Changes | None = None
-) -> dict[str, Probed]:
+    session: Session, changes: Sequence[Changes], share: float, weights: Changes | None = None
+) -> list[dict[str, float]]:
     n = max(1, round(len(session.data.calibration) * share))
-    return probe_changes(
+    found = probe_changes(
         session.model,
         changes,
         session.data.calibration[:n],
@@ -268,6 +269,13 @@ def _probe(
         progress=session.progress,
         weights=weights,
     )
+    return [
+        {
+            name: one.independent if session.predicts_everywhere else one.coherent
+            for name, one in of.items()
+        }
+        for of in found
+    ]
 
 
 def treat_held_out(

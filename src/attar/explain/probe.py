@@ -49,9 +49,12 @@ class Probed:
     coherent: float
 
 
+Sums = dict[str, list[float]]
+
+
 def probe(
     model: Model,
-    changes: Changes,
+    changes: Sequence[Changes],
     batches: Sequence[Batch],
     divergence: Divergence,
     *,
@@ -59,21 +62,23 @@ def probe(
     draws: int,
     progress: Progress,
     weights: Changes | None = None,
-) -> dict[str, Probed]:
+) -> list[dict[str, Probed]]:
     """Price every weight's change, with its bias's, where the model runs with `weights`.
 
     Args:
+        changes: One or several of each weight, each set priced for itself: one way back does for
+            all of them.
         weights: Parameter name to what makes the weight to use, as for `sites.substituted`: a
             compressed point. None: the model's own.
         draws: Answers sampled per prediction.
 
     Returns:
-        Unit name to damage.
+        Of each set, unit name to damage.
     """
 
-    def price_batch(number: int) -> tuple[dict[str, list[float]], int]:
+    def price_batch(number: int) -> tuple[list[Sums], int]:
         generator = torch.Generator().manual_seed(seed * len(batches) + number)
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        sums = _none_yet(changes)
         predictions = 0
         for piece, _ in pieces(batches[number], (), model):
             stash = Stash(on_disk=lies_on_disk(model.module))
@@ -91,52 +96,55 @@ def probe(
             release()
         return sums, predictions
 
-    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    predictions = 0
+    totals, predictions = _none_yet(changes), 0
     with progress.stage("price again", len(batches)) as advance:
-        for sums, seen in in_order(price_batch, range(len(batches))):
+        for found, seen in in_order(price_batch, range(len(batches))):
             predictions += seen
-            for name, (alone, joint) in sums.items():
-                total[name] = [total[name][0] + alone, total[name][1] + joint]
+            for total, sums in zip(totals, found, strict=True):
+                for name, (alone, joint) in sums.items():
+                    total[name] = [total[name][0] + alone, total[name][1] + joint]
             advance(1)
     scale = 0.5 / (predictions * draws)
-    return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in total.items()}
+    return [
+        {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in total.items()}
+        for total in totals
+    ]
+
+
+def _none_yet(changes: Sequence[Changes]) -> list[Sums]:
+    return [defaultdict(lambda: [0.0, 0.0]) for _ in changes]
 
 
 def _run(
-    model: Model, batch: Batch, changes: Changes, sums: dict[str, list[float]], stash: Stash
+    model: Model, batch: Batch, changes: Sequence[Changes], sums: list[Sums], stash: Stash
 ) -> Tensor:
     """Run forward; the sums grow when the result is run backward."""
     samples = len(next(iter(batch.values())))
 
     def visit(call: Call) -> Tensor:
         output = call.run()
-        make = changes.get(call.name)
-        if make is None:
+        made = [
+            (_Moved(call, own), of)
+            for own, of in zip(changes, sums, strict=True)
+            if call.name in own
+        ]
+        if not made:
             return output
         if not output.requires_grad:
             output = tracked(output)
-        plain = {k: v for k, v in call.arguments.items() if k not in ("bias", "input")}
-        entered = stash.put(call.input.detach())
-        moved_bias = changes.get(bias_name(call.name))
-        if moved_bias is not None:
-            plain["bias"] = moved_bias()
-
-        @torch.no_grad()
-        def move(x: Tensor, change: Tensor) -> Tensor:
-            return call.function(**{**plain, "input": x, "weight": change})
-
         # What is moved is as large as the output, so a language model's is made on the way back;
         # another model may have overwritten the input by then.
         later = model.task.name == "language"
-        moved = None if later else move(call.input.detach(), make())
+        entered = stash.put(call.input.detach()) if later else None
+        moved = [] if later else [one.whole(call.input.detach()) for one, _ in made]
 
         def meet(g: Tensor) -> None:
-            if moved is None:
-                slopes = _slopes_by_parts(move, entered(), make(), g)
-            else:
-                slopes = (moved * g).sum(1 if call.operation == "convolution" else -1)
-            _add(sums[call.name.removesuffix(".weight")], slopes, samples)
+            for place, (one, of) in enumerate(made):
+                if entered is not None:
+                    slopes = one.slopes_by_parts(entered(), g)
+                else:
+                    slopes = (moved[place] * g).sum(1 if call.operation == "convolution" else -1)
+                _add(of[call.name.removesuffix(".weight")], slopes, samples)
 
         output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output
@@ -149,14 +157,37 @@ def _run(
         return model.task.forward(model.module, ready)
 
 
-def _slopes_by_parts(
-    move: Callable[[Tensor, Tensor], Tensor], x: Tensor, change: Tensor, g: Tensor
-) -> Tensor:
-    """g·dW x of a linear map or an embedding, at each position, a few at a time."""
-    inputs = x.flatten() if g.dim() == x.dim() + 1 else x.flatten(0, -2)  # tokens, or vectors
-    gradients = torch.split(g.flatten(0, -2), POSITIONS_AT_ONCE)
-    parts = zip(torch.split(inputs, POSITIONS_AT_ONCE), gradients, strict=True)
-    return torch.cat([move(part, change).mul_(gradient).sum(-1) for part, gradient in parts])
+class _Moved:
+    """What a change of a weight, and of its bias, does to what the weight makes."""
+
+    def __init__(self, call: Call, changes: Changes) -> None:
+        self._call, self._make = call, changes[call.name]
+        self._moved_bias = changes.get(bias_name(call.name))
+
+    @torch.no_grad()
+    def whole(self, x: Tensor) -> Tensor:
+        """All of it."""
+        return self._on(x, self._make(), self._bias())
+
+    @torch.no_grad()
+    def slopes_by_parts(self, x: Tensor, g: Tensor) -> Tensor:
+        """g·dW x of a linear map or an embedding, at each position, a few at a time."""
+        change, bias = self._make(), self._bias()
+        inputs = x.flatten() if g.dim() == x.dim() + 1 else x.flatten(0, -2)  # tokens, or vectors
+        gradients = torch.split(g.flatten(0, -2), POSITIONS_AT_ONCE)
+        parts = zip(torch.split(inputs, POSITIONS_AT_ONCE), gradients, strict=True)
+        return torch.cat(
+            [self._on(part, change, bias).mul_(gradient).sum(-1) for part, gradient in parts]
+        )
+
+    def _bias(self) -> Tensor | None:
+        return None if self._moved_bias is None else self._moved_bias()
+
+    def _on(self, x: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+        given = {k: v for k, v in self._call.arguments.items() if k not in ("bias", "input")}
+        if bias is not None:
+            given["bias"] = bias
+        return self._call.function(**{**given, "input": x, "weight": change})
 
 
 def _add(total: list[float], slopes: Tensor, samples: int) -> None:

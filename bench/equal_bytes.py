@@ -126,8 +126,15 @@ def measure_points(place: Place, tool: str, settings: Sequence[str]) -> Iterator
             "predicted": facts.get("predicted", ""),
             "seconds": facts["seconds"],
             "peak_memory_mb": facts["peak_bytes"] / 1e6,
-            "timed": "alone" if facts.get("alone", True) else "sharing prices",
+            "timed": timed(facts, place.options),
         }
+
+
+def timed(facts: Mapping[str, Any], options: Options) -> str:
+    """Say what the seconds mean: something only for what ran by itself on a quiet machine."""
+    if not facts.get("alone", True):
+        return "sharing prices"
+    return "alone" if options.timing else "perhaps beside other work"
 
 
 def make(place: Place, tool: str, settings: Sequence[str]) -> list[dict[str, Any]]:

@@ -36,6 +36,8 @@ OF_BEST_PEER = 0.6
 PREDICTED_WITHIN = 1.5
 # A point at most so much larger stands for one of the bytes asked for.
 WITHIN = 1.02
+# Said of rows whose seconds mean something.
+ALONE = "alone"
 
 JUDGE = Path(__file__).with_name("equal_bytes_judge.py")
 OWN = Path(__file__).with_name("equal_bytes_own.py")
@@ -134,7 +136,7 @@ def timed(facts: Mapping[str, Any], options: Options) -> str:
     """Say what the seconds mean: something only for what ran by itself on a quiet machine."""
     if not facts.get("alone", True):
         return "sharing prices"
-    return "alone" if options.timing else "perhaps beside other work"
+    return ALONE if options.timing else "perhaps beside other work"
 
 
 def make(place: Place, tool: str, settings: Sequence[str]) -> list[dict[str, Any]]:
@@ -285,16 +287,7 @@ def check(rows: list[dict[str, str]]) -> list[Finding]:
     findings = []
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
-        tools = dict.fromkeys(row["tool"] for row in own)
-        points = {
-            tool: [
-                (number(r, "bits_per_parameter"), number(r, "divergence"))
-                for r in own
-                if r["tool"] == tool
-            ]
-            for tool in tools
-        }
-        findings += check_model(name, points)
+        findings += check_model(name, own)
         for row in own:
             if row.get("predicted"):
                 ratio = number(row, "divergence") / number(row, "predicted")
@@ -309,17 +302,42 @@ def check(rows: list[dict[str, str]]) -> list[Finding]:
     return findings
 
 
-def check_model(name: str, points: Mapping[str, Sequence[Point]]) -> list[Finding]:
+def check_model(name: str, rows: Sequence[Mapping[str, str]]) -> list[Finding]:
+    """Divergence, seconds and memory beside the best peer's at each of `BITS`."""
     findings = []
     for bits in BITS:
-        peers = {tool: at(of, bits) for tool, of in points.items() if not tool.startswith(ATTAR)}
-        peers = {tool: nats for tool, nats in peers.items() if not math.isnan(nats)}
-        if ATTAR in points and peers:
-            best = min(peers, key=lambda tool: peers[tool])
-            share = own_at(points[ATTAR], bits) / peers[best]
-            what = f"{name}, {bits} bits: divergence over that of the best peer, {best}"
-            findings.append(Finding(what, share, at_most=OF_BEST_PEER))
+        best = best_peer(rows, bits)
+        own = own_at(points_of(rows, ATTAR), bits)
+        if best is None or not points_of(rows, ATTAR):
+            continue
+        tool, nats = best
+        where = f"{name}, {bits} bits:"
+        what = f"{where} divergence over that of the best peer, {tool}"
+        findings.append(Finding(what, own / nats, at_most=OF_BEST_PEER))
+        for column in ("seconds", "peak_memory_mb"):
+            share = cost_at(rows, ATTAR, bits, column) / cost_at(rows, tool, bits, column)
+            findings.append(Finding(f"{where} {column} over those of {tool}", share, at_most=1.0))
     return findings
+
+
+def points_of(rows: Iterable[Mapping[str, str]], tool: str) -> list[Point]:
+    """All points of a tool."""
+    own = [row for row in rows if row["tool"] == tool]
+    return [(number(row, "bits_per_parameter"), number(row, "divergence")) for row in own]
+
+
+def best_peer(rows: Sequence[Mapping[str, str]], bits: float) -> tuple[str, float] | None:
+    """The peer closest to the original at so many bits; None where none is that small."""
+    tools = dict.fromkeys(row["tool"] for row in rows if not row["tool"].startswith(ATTAR))
+    found = [(tool, at(points_of(rows, tool), bits)) for tool in tools]
+    return min((one for one in found if not math.isnan(one[1])), key=lambda p: p[1], default=None)
+
+
+def cost_at(rows: Sequence[Mapping[str, str]], tool: str, bits: float, column: str) -> float:
+    """Seconds, or memory, of a tool's point that is nearest; NaN where it was not alone."""
+    own = [row for row in rows if row["tool"] == tool]
+    nearest = min(own, key=lambda row: abs(number(row, "bits_per_parameter") - bits))
+    return number(nearest, column) if nearest.get("timed") == ALONE else math.nan
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Child of `equal_bytes.py`: Attar at several sizes from one pricing pass: RECIPE SIZES, as JSON.
 
 Statistics and prices do not depend on the size, so each folder holds the bytes that
-`attar compress` writes (`attar plan --frontier` and `attar apply --size` are the same on the command
-line). Seconds of a point are those of its own stages and of those that it shares.
+`attar compress` writes (`attar plan --frontier` and `attar apply --size` are the same on the
+command line). Seconds of a point are those of its own stages and of those that it shares.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from xml.sax.saxutils import escape
 
-from equal_bytes import Point, at, front_of, own_at
+from equal_bytes import Point, best_peer, front_of, own_at, points_of
 from equal_bytes_subjects import ATTAR, ATTAR_GGUF, BITS, SUBJECTS
-from results_file import ROOT, Table, number
+from results_file import ROOT, Table
 
 PICTURE = ROOT / "docs" / "equal_bytes.svg"
 # One panel: its size, and the room left around its curves. Panels stand in rows of COLUMNS.
@@ -54,14 +54,11 @@ WORST_NATS, WORST_NATS_OF_ENCODER, MOST_BITS = 3.0, 100.0, 10.0
 Points = Mapping[str, Sequence[Point]]
 
 
-def points_of(rows: Sequence[Mapping[str, str]], model: str) -> dict[str, list[Point]]:
+def drawn(rows: Sequence[Mapping[str, str]], model: str) -> dict[str, list[Point]]:
     """Points of every tool, smallest first."""
-    found: dict[str, list[Point]] = {}
-    for row in rows:
-        if row["model"] == model:
-            point = (number(row, "bits_per_parameter"), number(row, "divergence"))
-            found.setdefault(row["tool"], []).append(point)
-    return {tool: sorted(found[tool]) for tool in NAMES if tool in found}
+    own = [row for row in rows if row["model"] == model]
+    found = {tool: sorted(points_of(own, tool)) for tool in NAMES}
+    return {tool: points for tool, points in found.items() if points}
 
 
 def draw(panels: Mapping[str, Points]) -> str:
@@ -148,38 +145,37 @@ def _curves(shown: Points, x: Place, y: Place) -> list[str]:
     return parts
 
 
-def table(model: str, points: Points) -> str:
-    """Attar beside the best peer at every target, as Markdown.
+def table(rows: Sequence[Mapping[str, str]], models: Sequence[str]) -> str:
+    """Attar's divergence at every target, over the best peer's there, as Markdown.
 
     A peer's figure is read off the line between its two nearest points, of the logarithm of the
     divergence; beyond its largest point that point stands.
     """
-    lines = [
-        f"| {model}, bits per parameter | Attar | best peer there | ratio |",
-        "|---|---|---|---|",
-    ]
-    peers = {tool: of for tool, of in points.items() if not tool.startswith(ATTAR)}
-    for bits in BITS:
-        own = own_at(points[ATTAR], bits)
-        there = {tool: nats for tool, of in peers.items() if not math.isnan(nats := at(of, bits))}
-        if math.isnan(own):
-            continue
-        if not there:
-            lines.append(f"| {bits:g} | {own:.3g} | none is that small | |")
-            continue
-        best = min(there, key=lambda tool: there[tool])
-        ratio = own / there[best]
-        lines.append(f"| {bits:g} | {own:.3g} | {there[best]:.3g}, {NAMES[best]} | {ratio:.2f} |")
+    head = " | ".join(f"{bits:g} bits" for bits in BITS)
+    lines = [f"| model | {head} |", "|---" * (1 + len(BITS)) + "|"]
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        cells = " | ".join(_cell(own, bits) for bits in BITS)
+        lines.append(f"| {model} | {cells} |")
     return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Mapping[str, str]], bits: float) -> str:
+    nats, best = own_at(points_of(rows, ATTAR), bits), best_peer(rows, bits)
+    if math.isnan(nats):
+        return ""
+    if best is None:
+        return f"{nats:.2g}"
+    return f"{nats:.2g}, **{nats / best[1]:.2g} ×** {NAMES[best[0]]}"
 
 
 def main() -> None:
     rows = Table("equal_bytes").rows
-    panels = {model: points_of(rows, model) for model in dict.fromkeys(r["model"] for r in rows)}
+    models = [m for m in SUBJECTS if any(row["model"] == m for row in rows)]
+    panels = {model: drawn(rows, model) for model in models}
     panels = {m: p for m, p in panels.items() if ATTAR in p and len(p) > 1}
     PICTURE.write_text(draw(panels), encoding="utf-8")
-    for model, points in panels.items():
-        print(table(model, points), end="\n\n")
+    print(table(rows, list(panels)), end="\n\n")
     print(f"written: {PICTURE}")
 
 

@@ -11,7 +11,7 @@ import toy_code
 import toys
 from tiny_models import LLAMA, random_model, write_gguf
 
-from attar import cli, serving
+from attar import command_output, serving
 from attar.cli import main
 from attar.load.catalogue import CATALOGUE
 from attar.progress import BarProgress, open_progress
@@ -96,7 +96,7 @@ def test_the_exit_code_is_the_verdict(outcome, code):
 
     found = Verdict()
     found.outcome = outcome
-    assert cli._exit_code.__wrapped__(found) == code
+    assert command_output.exit_code.__wrapped__(found) == code
 
 
 def test_keep_pins_units(typed, here, data):

@@ -136,8 +136,15 @@ def test_what_is_predicted_is_of_the_size_of_what_is_measured(case):
     assert 1 / 3 < found.plan.predicted_damage / measured < 3
 
 
-def test_biases_take_the_mean_error_of_their_layer_away_and_are_written_so(classifier, tmp_path):
+def test_biases_stay_as_they_are_unless_asked_to_move(classifier):
     session, found, *_ = classifier
+    assert all(unit.bias == "" for unit in session.units)
+    assert all(one.bias is None for one in found.treated.values())
+
+
+def test_biases_take_the_mean_error_of_their_layer_away_and_are_written_so(tmp_path):
+    session = classifier_session(biases="moved")
+    found, *_ = decided(session)
     small = materialise(session.model.module, found.treated)
     entered = torch.cat([batch["inputs"] for batch in session.data.calibration])
     with torch.no_grad():
@@ -340,7 +347,7 @@ def test_loud_inputs_that_nothing_answers_to_do_not_make_a_weight_dear():
 
 def test_what_the_probe_did_not_reach_keeps_its_price(llama, monkeypatch):
     session, _, _, statistics = llama
-    monkeypatch.setattr(pricing, "_damages", lambda *_: {})
+    monkeypatch.setattr(pricing, "_probe", lambda *_: [{}])
     assert set(pricing.coherence(session, statistics)[""].values()) == {1.0}
 
 

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from attar.command_output import (
     check_json,
     check_one_of,
+    exit_code,
     fail,
     quieten,
     screen,
@@ -32,6 +33,7 @@ from attar.options import (
     AcceptLicence,
     Activations,
     Audit,
+    Biases,
     Calibration,
     DataPath,
     Decide,
@@ -60,10 +62,7 @@ from attar.options import (
 from attar.progress import open_progress
 from attar.records import Recipe
 
-if TYPE_CHECKING:
-    from attar.records import Verdict
-
-PASSED, FAILED, UNDECIDED, INTERRUPTED = 0, 1, 3, 130
+INTERRUPTED = 130
 # Typer brings its own copy of click or imports it, by version; this is what all its errors share.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -98,6 +97,7 @@ def compress(
     decide: Decide = "price",
     equalise: Equalise = "none",
     activations: Activations = "none",
+    biases: Biases = "kept",
     accept_licence: AcceptLicence = False,
     force: Force = False,
     restart: Restart = False,
@@ -110,7 +110,7 @@ def compress(
     with open_progress() as progress:
         report = pipeline.compress(recipe, out, force=force, restart=restart, progress=progress)
     show(report_to_text(report, **screen()))
-    return _exit_code(report.verdict)
+    return exit_code(report.verdict)
 
 
 @app.command()
@@ -136,6 +136,7 @@ def plan(
     decide: Decide = "price",
     equalise: Equalise = "none",
     activations: Activations = "none",
+    biases: Biases = "kept",
     accept_licence: AcceptLicence = False,
     force: Force = False,
     restart: Restart = False,
@@ -186,7 +187,7 @@ def apply(
     with open_progress() as progress:
         report = do(plan_file, out, recipe=recipe, force=force, restart=restart, progress=progress)
     show(report_to_text(report, **screen()))
-    return _exit_code(report.verdict)
+    return exit_code(report.verdict)
 
 
 @app.command()
@@ -269,7 +270,7 @@ def audit_command(
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
     if report is not None:
         show(f"report  {write_report(found, report)[0]}")
-    return _exit_code(found.verdict)
+    return exit_code(found.verdict)
 
 
 @app.command()
@@ -364,10 +365,6 @@ def _plan_all_sizes(recipe: Recipe, folder: Path, *, force: bool, restart: bool)
     show(f"\npicture  {folder / 'frontier.html'}\nnext     {then}")
 
 
-def _exit_code(verdict: Verdict) -> int:
-    return {"passed": PASSED, "failed": FAILED}.get(verdict.outcome, UNDECIDED)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; two lines on stderr for a mistake."""
     if arguments is None:  # as a program of its own, a termination cleans up like Ctrl-C
@@ -397,4 +394,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:  # native threads that were cut short now and then abort a usual exit
             sys.stdout.flush()
             os._exit(INTERRUPTED)
-    return int(code or PASSED)
+    return int(code or 0)

@@ -9,11 +9,14 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from attar.errors import Terminated
+
+if TYPE_CHECKING:
+    from attar.records import Verdict
 
 WRONG = 2  # exit code of a mistake in what was typed or given
 NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
@@ -59,6 +62,11 @@ def fail(problem: str, hint: str) -> int:
     one_line = [" ".join(text.split()) for text in (problem, hint)]
     typer.echo("error: {}\nhint: {}".format(*one_line), err=True)
     return WRONG
+
+
+def exit_code(verdict: Verdict) -> int:
+    """Say how it went to whoever runs the command: 0 passed, 1 failed, 3 undecided."""
+    return {"passed": 0, "failed": 1}.get(verdict.outcome, 3)
 
 
 def check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:

@@ -309,6 +309,7 @@ def compress(
     workers: str = "",
     equalise: str = "none",
     activations: str = "none",
+    biases: str = "kept",
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -319,6 +320,7 @@ def compress(
         to: "gguf" writes one file that llama.cpp runs, "onnx" one that onnxruntime does.
         activations: With "onnx": "static" or "dynamic" computes in 8 bits too.
         decide_by: See `plan`.
+        biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         model: From `load`, or what `load` takes.
         workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
@@ -338,6 +340,7 @@ def compress(
         decide=decide_by,
         workers=workers,
         equalise=equalise,
+        biases=biases,
     )
     check_form(recipe)
     check_decider(recipe)

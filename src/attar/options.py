@@ -98,6 +98,10 @@ Equalise = Annotated[
         metavar="HOW", help="none, or auto: change channels before rounding where it pays."
     ),
 ]
+Biases = Annotated[
+    str,
+    typer.Option(metavar="HOW", help="kept, or moved to take up the mean error of their layer."),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 Restart = Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -170,6 +170,10 @@ class Units:
 
     def named(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
+
+    def without_biases(self) -> Units:
+        """The same, of which no bias will be moved."""
+        return replace(self, units=tuple(replace(unit, bias="") for unit in self.units))
 
 
 # ------------------------------------------------------------------------------------------
@@ -489,6 +493,7 @@ class Recipe:
         workers: How many to start, or the address of a Ray to join; "" for threads of this process.
             What is computed does not depend on it.
         equalise: Changes of channels before rounding: "none", or "auto" for those that pay.
+        biases: "kept", or "moved" to take up the mean error that rounding their layer makes.
     """
 
     model: str
@@ -511,6 +516,7 @@ class Recipe:
     workers: str = ""
     equalise: str = "none"
     activations: str = "none"
+    biases: str = "kept"
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ def check_form(recipe: Recipe) -> None:
         raise SettingError(
             f"there is no form {recipe.to!r} to write.", hint=f"use --to {' or --to '.join(FORMS)}."
         )
+    if recipe.biases not in ("kept", "moved"):
+        raise SettingError(
+            f"biases cannot be {recipe.biases!r}.", hint="use --biases kept or --biases moved."
+        )
     if recipe.activations not in ACTIVATIONS:
         raise SettingError(
             f"activations cannot be {recipe.activations!r}.",

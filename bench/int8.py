@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from compress_command import compress, run
-from equal_bytes import SUBJECTS, asked
+from equal_bytes import Place, data_of
+from equal_bytes_subjects import SUBJECTS
 from peer_environment import environment, version_of
 from results_file import Bench, Finding, Options, Row, main, number
 
@@ -51,24 +52,25 @@ BITS = 8.6
 def measure(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="attar-int8-") as folder:
         for key in options.models:
-            name, tool = key.split(":")
-            settings = SETTINGS[name][tool]
+            name, tool, *start = key.split(":")
+            own = Path(folder) / name
+            own.mkdir(exist_ok=True)
+            place = Place(name, own, data_of(SUBJECTS[name], options, own), options)
+            settings = [s for s in SETTINGS[name][tool] if s.startswith(tuple(start or [""]))]
             for setting in settings[:1] if options.quick else settings:
-                yield measure_point(name, tool, setting, options, Path(folder))
+                yield measure_point(place, tool, setting)
 
 
-def measure_point(name: str, tool: str, setting: str, options: Options, folder: Path) -> Row:
+def measure_point(place: Place, tool: str, setting: str) -> Row:
     """Compress once, and judge what came out."""
-    out = folder / "out"
+    out, job = place.folder / "out", place.folder / "job"
     shutil.rmtree(out, ignore_errors=True)
-    job = folder / f"job-{name}"
     if not job.exists():
-        child(["--job", str(job), *asked(name, options)], folder / "job.log")
-    make = run_attar if tool == "attar" else run_peer
-    facts = make(name, tool, setting, options, folder)
-    judged = child(["--judge", facts["answers"], *asked(name, options)], folder / "judge.log")
+        child(["--job", str(job), place.facts], place.folder / "job.log")
+    facts = run_attar(place, setting) if tool == "attar" else run_peer(place, tool, setting)
+    judged = child(["--judge", facts["answers"], place.facts], place.folder / "judge.log")
     return {
-        "model": name,
+        "model": place.name,
         "tool": tool,
         "setting": setting,
         "tool_version": version_of(tool),
@@ -79,13 +81,13 @@ def measure_point(name: str, tool: str, setting: str, options: Options, folder: 
     }
 
 
-def run_attar(name: str, tool: str, setting: str, options: Options, folder: Path) -> dict[str, Any]:
+def run_attar(place: Place, setting: str) -> dict[str, Any]:
     """Compress with this checkout."""
-    del tool
-    subject, out = SUBJECTS[name], folder / "out"
+    subject, out = place.subject, place.folder / "out"
     size = int(BITS * subject.n_parameters / 8)
-    typed = {**subject.arguments(options), "size": f"{size}B", "to": "onnx", "activations": setting}
-    if options.quick:
+    typed = subject.arguments(place.options, place.data.calibration)
+    typed |= {"size": f"{size}B", "to": "onnx", "activations": setting}
+    if place.options.quick:
         typed |= {"calibration": "16", "recovery": "8", "audit": "16", "rounds": "1"}
     arguments = [part for key, value in typed.items() for part in (f"--{key}", value)]
     done = compress(out, [subject.model, "--accept-licence", *arguments])
@@ -95,14 +97,13 @@ def run_attar(name: str, tool: str, setting: str, options: Options, folder: Path
             "peak_bytes": done.peak_bytes}  # fmt: skip
 
 
-def run_peer(name: str, tool: str, setting: str, options: Options, folder: Path) -> dict[str, Any]:
+def run_peer(place: Place, tool: str, setting: str) -> dict[str, Any]:
     """Compress with a peer, in its own environment."""
-    del options
-    job, out = folder / f"job-{name}", folder / "out"
+    job, out = place.folder / "job", place.folder / "out"
     out.mkdir()
     script = Path(__file__).parent / "peers" / tool / "compress.py"
     peer = [str(environment(tool)), str(script), str(job), setting, str(out), str(time.time())]
-    run(peer, folder / "peer.log")
+    run(peer, place.folder / "peer.log")
     facts = json.loads((out / "facts.json").read_text("utf-8"))
     shipped = [*(out / "artifact").rglob("*"), *(job / "files").iterdir()]
     total = sum(file.stat().st_size for file in shipped if file.is_file())

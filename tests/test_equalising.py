@@ -192,7 +192,7 @@ def test_a_word_that_is_no_way_is_refused(tmp_path, capsys):
         str(tmp_path / "o"),
     ]
     assert main(typed) == 2
-    assert "no way to equalise" in capsys.readouterr().err
+    assert "--equalise cannot be" in capsys.readouterr().err
 
 
 def test_from_python_the_model_at_hand_stays(made):

@@ -131,7 +131,7 @@ def test_a_folder_with_a_gguf_file_is_replaced_only_when_asked(compressed, sourc
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(source, text, tmp_path):
-    with pytest.raises(SettingError, match="no form 'tflite'"):
+    with pytest.raises(SettingError, match="--to cannot be 'tflite'"):
         pipeline.compress(Recipe(str(source), "70%", to="tflite"), tmp_path / "x")
     with pytest.raises(ModelError, match="cannot be written as GGUF"):
         gguf_model.check_model({"model_type": "bert"}, {}, "b")
@@ -143,7 +143,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(source, text, tmp_pat
     }
     with pytest.raises(ModelError, match="by a rule"):
         gguf_model.check_model(LLAMA, {"tokenizer.json": json.dumps(tokenizer).encode()}, "b")
-    with pytest.raises(SettingError, match="no form 'tflite'"):
+    with pytest.raises(SettingError, match="--to cannot be 'tflite'"):
         pipeline.plan(
             Recipe(str(source), "70%", data=str(text), to="tflite", audit=64, recovery=64)
         )

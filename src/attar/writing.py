@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attar.errors import PlanError, SettingError
@@ -39,38 +40,28 @@ BYTES_PER_TENSOR = 90
 BYTES_PER_NODES = 700
 
 
-FORMS = ("attar", "gguf", "onnx")
-ACTIVATIONS = ("none", "static", "dynamic")
-
-
-# Changes of channels before rounding: see `equalising`.
-MODES = ("none", "auto")
+# What an option that names a way may be.
+CHOICES: Mapping[str, Sequence[str]] = {
+    "to": ("attar", "gguf", "onnx"),
+    "equalise": ("none", "auto"),
+    "activations": ("none", "static", "dynamic"),
+    "biases": ("kept", "moved"),
+    "codes": ("plain", "trellis"),
+}
 
 
 def check_form(recipe: Recipe) -> None:
-    """Refuse a form that is not written here, or a way to equalise that there is not.
+    """Refuse a way that there is not.
 
     Raises:
-        SettingError: With those that are.
+        SettingError: With those that there are.
     """
-    if recipe.equalise not in MODES:
-        raise SettingError(
-            f"there is no way to equalise called {recipe.equalise!r}.",
-            hint=f"use --equalise {' or --equalise '.join(MODES)}.",
-        )
-    if recipe.to not in FORMS:
-        raise SettingError(
-            f"there is no form {recipe.to!r} to write.", hint=f"use --to {' or --to '.join(FORMS)}."
-        )
-    if recipe.biases not in ("kept", "moved"):
-        raise SettingError(
-            f"biases cannot be {recipe.biases!r}.", hint="use --biases kept or --biases moved."
-        )
-    if recipe.activations not in ACTIVATIONS:
-        raise SettingError(
-            f"activations cannot be {recipe.activations!r}.",
-            hint=f"use --activations {' or '.join(ACTIVATIONS)}.",
-        )
+    for option, ways in CHOICES.items():
+        if (typed := getattr(recipe, option)) not in ways:
+            raise SettingError(
+                f"--{option} cannot be {typed!r}.",
+                hint=f"use --{option} {f' or --{option} '.join(ways)}.",
+            )
     if recipe.activations != "none" and recipe.to != "onnx":
         raise SettingError(
             f"activations in 8 bits gain nothing in the form {recipe.to!r}, which runs in floats.",

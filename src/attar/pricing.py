@@ -7,11 +7,16 @@ as independent, say (`coherence`).
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
+import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from attar.cost import leftover_dtype
@@ -23,7 +28,7 @@ from attar.explain.probe import Changes
 from attar.explain.probe import probe as probe_changes
 from attar.explain.statistics import of_unit
 from attar.parallel import Work
-from attar.records import Curvature, Replacement, RowWeights, Statistics, Transform, Unit
+from attar.records import Curvature, Replacement, RowWeights, Statistics, Transform, Unit, Units
 from attar.session import Session
 from attar.transform.apply import (
     Facts,
@@ -33,6 +38,7 @@ from attar.transform.apply import (
     substitutions,
     treat,
 )
+from attar.transform.quantize_entropy import QuantizeEntropy
 
 # Width of the rounding error on which coherence is measured: one that the plan often makes.
 REFERENCE_BITS = 4
@@ -40,6 +46,10 @@ REFERENCE_BITS = 4
 REFERENCE_SHARE_OF_SEQUENCES = 0.25
 # Bits at which feedback between rows is compared with none, range coded, or of fixed width.
 GAIN_BITS, GAIN_FIXED_BITS = 3, 4
+# Units in the same place of other layers of which it is measured what feedback between rows saves.
+GAINS_OF_ALIKE = 5
+# Of the widths of range-coded integers, so many are tried.
+WIDTHS_TRIED = 5
 # Treatments whose errors cancel over what they were fitted to.
 FEEDS_BACK = (
     *("quantize_feedback", "quantize_entropy", "quantize_levels", "quantize_llama"),
@@ -98,12 +108,54 @@ def price_weight(
     rows = price.row_weights(curvatures, sample, held_out=True)
     if sample is not None:
         weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
+    tried = _tried(transforms)
     # What feedback between rows saves is nearly the same share for all, and known already.
-    for made in treat(weight, moment, transforms, replace(rows, moment=None), for_price=True):
-        if isinstance(made, AttarError):
-            yield made
-        else:
-            yield price.damage(made.dense - weight, curvatures, held_out=True)
+    rows = replace(rows, moment=None)
+    found = treat(weight, moment, [transforms[place] for place in tried], rows, for_price=True)
+    prices = {
+        place: made
+        if isinstance(made, AttarError)
+        else price.damage(made.dense - weight, curvatures, held_out=True)
+        for place, made in zip(tried, found, strict=True)
+    }
+    yield from _filled(transforms, prices)
+
+
+def _widths(transforms: Sequence[Transform]) -> list[dict[int, float]]:
+    """Place to bits of range-coded integers that differ in nothing else, fewest bits first."""
+    alike: dict[QuantizeEntropy, list[tuple[float, int]]] = defaultdict(list)
+    for place, transform in enumerate(transforms):
+        if isinstance(transform, QuantizeEntropy):
+            alike[replace(transform, bits=1)].append((float(transform.bits), place))
+    return [{place: bits for bits, place in sorted(own)} for own in alike.values()]
+
+
+def _tried(transforms: Sequence[Transform]) -> list[int]:
+    """Places of those that are really tried: all, but of many widths a few."""
+    left_out: set[int] = set()
+    for bits in _widths(transforms):
+        places = list(bits)
+        spread = np.linspace(0, len(places) - 1, min(len(places), WIDTHS_TRIED)).round()
+        left_out |= set(places) - {places[int(number)] for number in spread}
+    return [place for place in range(len(transforms)) if place not in left_out]
+
+
+def _filled(
+    transforms: Sequence[Transform], prices: Mapping[int, float | AttarError]
+) -> Iterator[float | AttarError]:
+    """Prices of all: what lies between widths is smooth, and read off the logarithm."""
+    filled = dict(prices)
+    for bits in _widths(transforms):
+        tried = [place for place in bits if place in prices]
+        nats = [own for place in tried if isinstance(own := prices[place], float) and own > 0]
+        for place in bits.keys() - prices.keys():
+            if len(nats) == len(tried):
+                curve = PchipInterpolator([bits[one] for one in tried], np.log(nats))
+                filled[place] = float(np.exp(curve(bits[place])))
+            else:  # zeros, or what the values do not allow
+                filled[place] = prices[tried[0]]
+    for place in range(len(transforms)):
+        yield filled[place]
 
 
 def factor(statistics: Statistics, treatment: str, unit: Unit) -> float:
@@ -121,9 +173,24 @@ def row_gain(session: Session, statistics: Statistics) -> dict[str, float]:
         own = of_unit(statistics, unit.name)
         return partial(_gain_of_rows, unit, session.weight(unit), own, _of_gain(session, unit))
 
-    gains = session.for_each_unit(work, step=lambda unit: f"row gain of {unit.name}")
-    found = zip(session.units, gains, strict=True)
-    return {unit.name: gain for unit, gain in found if gain is not None}
+    alike = _alike(session.units)
+    some = [unit for own in alike for unit in own[:: -(-len(own) // GAINS_OF_ALIKE)]]
+    gains = session.for_each_unit(work, some, step=lambda unit: f"row gain of {unit.name}")
+    known = {u.name: gain for u, gain in zip(some, gains, strict=True) if gain is not None}
+    found = {}
+    for own in alike:
+        measured = [known[unit.name] for unit in own if unit.name in known]
+        for unit in own if measured else ():
+            found[unit.name] = known.get(unit.name, median(measured))
+    return found
+
+
+def _alike(units: Units) -> list[list[Unit]]:
+    """Units of one shape and of one name, but for its numbers: the same place in other layers."""
+    alike = defaultdict(list)
+    for unit in units:
+        alike[unit.kind, unit.shape, re.sub(r"\d+", "", unit.name)].append(unit)
+    return list(alike.values())
 
 
 def _gain_of_rows(

@@ -367,14 +367,3 @@ def test_the_module_is_left_as_it_was(case):
         now = session.model.module.state_dict()
         assert all(torch.equal(fresh[name], now[name]) for name in fresh)
     assert all(p.grad is None and not p.requires_grad for p in session.model.module.parameters())
-
-
-def test_along_a_trellis_a_plan_of_the_same_bytes_loses_less_than_with_plain_codes():
-    plain = decided(session := llama_session("26kB"))[0]
-    along = decided(llama_session("26kB", codes="trellis"))[0]
-    coded = [c for c in along.plan.choices.values() if c.treatment == "quantize_entropy"]
-    assert all(choice.settings["trellis"] for choice in coded)
-    assert along.plan.weight_bytes <= session.budget_bytes()
-    assert len(coded) or not any(
-        c.treatment == "quantize_entropy" for c in plain.plan.choices.values()
-    )

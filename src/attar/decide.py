@@ -113,12 +113,7 @@ def menu(session: Session, unit: Unit, *, integers: bool = False) -> Sequence[me
     if session.recipe.to == "onnx":
         return menus.onnx_menu(unit, in_integers=integers)
     # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
-    return menus.menu(
-        unit,
-        build_transform,
-        by_worth=session.predicts_everywhere,
-        trellis=session.recipe.codes == "trellis",
-    )
+    return menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
 
 
 def price_treatments(

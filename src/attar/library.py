@@ -310,7 +310,6 @@ def compress(
     equalise: str = "none",
     activations: str = "none",
     biases: str = "kept",
-    codes: str = "plain",
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -321,7 +320,6 @@ def compress(
         to: "gguf" writes one file that llama.cpp runs, "onnx" one that onnxruntime does.
         activations: With "onnx": "static" or "dynamic" computes in 8 bits too.
         decide_by: See `plan`.
-        codes: "trellis" takes longer and loses less in the same bytes.
         biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         model: From `load`, or what `load` takes.
@@ -343,7 +341,6 @@ def compress(
         workers=workers,
         equalise=equalise,
         biases=biases,
-        codes=codes,
     )
     check_form(recipe)
     check_decider(recipe)

@@ -102,12 +102,6 @@ Biases = Annotated[
     str,
     typer.Option(metavar="HOW", help="kept, or moved to take up the mean error of their layer."),
 ]
-Codes = Annotated[
-    str,
-    typer.Option(
-        metavar="HOW", help="plain, or trellis: a fifth less squared error, 3 x the rounding time."
-    ),
-]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 Restart = Annotated[

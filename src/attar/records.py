@@ -494,7 +494,6 @@ class Recipe:
             What is computed does not depend on it.
         equalise: Changes of channels before rounding: "none", or "auto" for those that pay.
         biases: "kept", or "moved" to take up the mean error that rounding their layer makes.
-        codes: Of range-coded weights: "plain", or along a "trellis", which takes longer.
     """
 
     model: str
@@ -518,7 +517,6 @@ class Recipe:
     equalise: str = "none"
     activations: str = "none"
     biases: str = "kept"
-    codes: str = "plain"
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "equalise": ("none", "auto"),
     "activations": ("none", "static", "dynamic"),
     "biases": ("kept", "moved"),
-    "codes": ("plain", "trellis"),
 }
 
 

@@ -34,17 +34,17 @@ LONG_ROW = 512
 LARGE_WEIGHT = 4_000_000
 
 
-def menu(unit: Unit, build: Build, *, by_worth: bool, trellis: bool = False) -> list[Treatment]:
+def menu(unit: Unit, build: Build, *, by_worth: bool) -> list[Treatment]:
     """List the treatments worth pricing for a unit: rounding, zeroing, and leaving it in 16 bits.
 
     Where codes can be range coded, codes of a fixed width hardly ever are the better choice.
 
     Args:
         by_worth: See `QuantizeEntropy`: whether what rows and columns are worth is known well.
-        trellis: Whether range-coded codes are chosen along one.
     """
-    how = {"by_worth": by_worth, **({"trellis": True} if trellis else {})}
-    coded: list[Treatment] = [("quantize_entropy", {"bits": b, **how}) for b in AVERAGE_BITS]
+    coded: list[Treatment] = [
+        ("quantize_entropy", {"bits": bits, "by_worth": by_worth}) for bits in AVERAGE_BITS
+    ]
     if build(*coded[0]).rejects(unit) is None:
         size = group_sizes(unit.columns)[-1]
         fixed: list[Treatment] = [

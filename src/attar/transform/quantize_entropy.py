@@ -14,7 +14,10 @@ what was rounded by worth lost several times more. The step is searched for whic
 takes the bytes that `bits` allows.
 
 With `trellis` codes are chosen along one (`kernels/trellis.py`), with what they cost in bits: at
-equal bytes a fifth of the squared error is saved at 3 bits and more, and a quarter at 2.
+equal bytes a fifth of the squared error is saved at 3 bits and more, and a quarter at 2. It is for
+plans written by hand: what is cheap is small, so that every weight is drawn towards 0 a little, and
+over the layers of a network that adds up. EfficientNet-Lite0 at 3 bits loses half as much again as
+with plain codes (0.088 against 0.057 nats), where prices, which add up layers, say a sixth less.
 
 Source: Gish and Pierce 1968, Asymptotically efficient quantizing,
 https://doi.org/10.1109/TIT.1968.1054193 (uniform steps with entropy coding lie 0.25 bits above what

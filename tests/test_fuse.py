@@ -13,7 +13,7 @@ from attar.export import FUSED_ROLES
 from attar.plan.fuse import expand, fuse, groups_of, treatment_of
 from attar.plan.solve import RELATIVE_GAP, smallest, solve, weight_bytes
 from attar.records import Candidate, Cost
-from attar.writing import FORMS
+from attar.writing import CHOICES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -76,7 +76,7 @@ def test_a_treatment_that_one_member_refuses_is_none_of_the_group():
 
 
 def test_every_form_says_which_units_it_reads_as_one():
-    assert set(FUSED_ROLES) == set(FORMS)
+    assert set(FUSED_ROLES) == set(CHOICES["to"])
 
 
 def test_a_plan_for_a_format_with_groups_obeys_them(monkeypatch):

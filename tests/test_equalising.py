@@ -29,7 +29,9 @@ CLOSE = {"rtol": 2e-3, "atol": 1e-6}
 
 def session_of(module, inputs, **more):
     model = load_model(module, examples={"inputs": inputs[:2]}, task="classify")
-    recipe = Recipe(model.name, task="classify", calibration=40, recovery=20, audit=20, **more)
+    # With means too, as after `equalise="auto"`: changes of channels must carry them along.
+    asked = {"calibration": 40, "recovery": 20, "audit": 20, "biases": "moved", **more}
+    recipe = Recipe(model.name, task="classify", **asked)
     return open_session(recipe, model, Silent(), {"inputs": inputs})
 
 

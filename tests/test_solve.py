@@ -1,5 +1,6 @@
 """The solver against every possible plan of small problems."""
 
+import ctypes
 from itertools import product
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attar.errors import BudgetError
-from attar.plan.solve import RELATIVE_GAP, smallest, solve, usable, weight_bytes
+from attar.plan.solve import RELATIVE_GAP, quiet, smallest, solve, usable, weight_bytes
 from attar.records import Candidate, Cost
 
 
@@ -125,3 +126,12 @@ def test_refused_and_unpriced_candidates_are_never_chosen():
     assert usable(options) == [options[2]]
     assert solve({"u": options}, 10)["u"] is options[2]
     assert smallest({"u": options})["u"] is options[2]
+
+
+def test_what_a_library_prints_past_python_while_it_solves_is_not_shown(capfd):
+    library = ctypes.CDLL(None)
+    with quiet():
+        library.printf(b"of no use\n")
+    library.printf(b"of use\n")
+    library.fflush(None)
+    assert capfd.readouterr().out == "of use\n"

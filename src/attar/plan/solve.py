@@ -5,7 +5,11 @@ A multiple-choice knapsack, solved as an integer program by HiGHS (through scipy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +23,8 @@ from attar.records import Candidate
 RELATIVE_GAP = 1e-3
 # A unit's bytes may fall short of the best use of the budget by this share: fewer nodes to visit.
 NODE_LIMIT = 20_000
+# The file descriptor.
+STDOUT = 1
 
 
 def smallest(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]:
@@ -72,22 +78,45 @@ def solve(candidates: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str
     # Kilobytes and a largest damage of one keep the program's numbers near one.
     kilobytes = np.array([c.cost.weight_bytes for c in flat]) / 1000
     one_each = _one_each([len(of) for of in options.values()])
-    result = milp(
-        nats / max(float(nats.max()), 1e-30),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(kilobytes[None, :], -np.inf, limit / 1000),
-        ],
-        options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
-    )
+    with quiet():
+        result = milp(
+            nats / max(float(nats.max()), 1e-30),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(kilobytes[None, :], -np.inf, limit / 1000),
+            ],
+            options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
+        )
     assert result.x is not None, result.message
     chosen, start = {}, 0
     for name, of in options.items():
         chosen[name] = of[int(np.argmax(result.x[start : start + len(of)]))]
         start += len(of)
     return _spend_the_rest(chosen, options, limit)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what HiGHS now and then prints to stdout, whatever its settings say."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    sys.stdout.flush()
+    try:
+        kept = os.dup(STDOUT)
+    except OSError:  # nothing is open there
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDOUT)
+    try:
+        yield
+    finally:
+        if library is not None:
+            library.fflush(None)
+        os.dup2(kept, STDOUT)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def solve_by(

@@ -29,7 +29,7 @@ CLOSE = {"rtol": 2e-3, "atol": 1e-6}
 
 def session_of(module, inputs, **more):
     model = load_model(module, examples={"inputs": inputs[:2]}, task="classify")
-    # With means too, as after `equalise="auto"`: changes of channels must carry them along.
+    # With means too, which shifts need, and which changes of channels must carry along.
     asked = {"calibration": 40, "recovery": 20, "audit": 20, "biases": "moved", **more}
     recipe = Recipe(model.name, task="classify", **asked)
     return open_session(recipe, model, Silent(), {"inputs": inputs})

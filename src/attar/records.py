@@ -493,8 +493,8 @@ class Recipe:
         workers: How many to start, or the address of a Ray to join; "" for threads of this process.
             What is computed does not depend on it.
         equalise: Changes of channels before rounding: "none", or "auto" for those that pay.
-        biases: "kept", or "moved" to take up the mean error that rounding their layer makes; moved
-            in any case where channels are equalised.
+        biases: "kept", or "moved" to take up the mean error that rounding their layer makes. What
+            equalises by shifts needs the means that are gathered for it.
     """
 
     model: str

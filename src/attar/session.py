@@ -315,8 +315,7 @@ def open_session(
     folded_module, folded, stays = fold_batch_norm(model.module, model.examples, model.task.forward)
     model = replace(model, module=folded_module.requires_grad_(False))
     units = list_units(model)
-    if recipe.biases != "moved" and recipe.equalise == "none":  # whose shifts need the means
-        units = units.without_biases()
+    units = units if recipe.biases == "moved" else units.without_biases()
     sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit)
     data = load_data(
         model,

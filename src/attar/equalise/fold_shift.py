@@ -56,7 +56,7 @@ class FoldShift:
     def change(self, link: Link, facts: Facts) -> Change:
         ones = torch.ones(link.channels, dtype=torch.float64)
         if facts.mean is None or facts.low is None or facts.high is None:
-            return scaling(ones)  # nothing was seen of it
+            return scaling(ones)  # nothing was seen of it, or no means were gathered
         low, high = facts.low.double(), facts.high.double()
         seen = link.free & low.isfinite() & high.isfinite()
         middle = facts.mean.double() if self.centre == "mean" else (low + high) / 2

@@ -27,6 +27,13 @@ def test_prices_of_widths_that_are_not_tried_are_those_of_trying_them(by_worth):
         assert nats == pytest.approx(alone, rel=0.05)
 
 
+def test_a_width_that_is_listed_twice_is_priced_twice():
+    weight, curvatures = random(192, 128), [curvature(1, 192, 128)]
+    widths = [QuantizeEntropy(bits) for bits in (2, 3, 3, 4, 5, 6, 7)]
+    found = list(pricing.price_weight(UNIT, weight, curvatures, widths))
+    assert found[1] == found[2] and sorted(found, reverse=True) == found
+
+
 def test_a_weight_of_zeros_costs_nothing_at_any_width():
     widths = [QuantizeEntropy(bits) for bits in AVERAGE_BITS]
     prices = pricing.price_weight(UNIT, torch.zeros(192, 128), [curvature(1, 192, 128)], widths)

@@ -60,6 +60,10 @@ class Decided:
     receipt: Receipt
     treated: Mapping[str, Treated]
 
+    def noting(self, notes: Sequence[str]) -> Decided:
+        """The same with more notes in its plan."""
+        return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, *notes)))
+
 
 @dataclass(frozen=True)
 class Relevance:

@@ -7,7 +7,6 @@ load → explain → cost → plan → transform → audit → export → report
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from attar import decide, equalising, judging, serving, writing
@@ -128,8 +127,7 @@ def finish(
         # What was written is not kept: the audit reads the folder back.
         bytes_after = attar_folder.write_files(partial, writing.contents(session, decided))
         verdict = judging.judge_folder(session, partial, decided)
-        notes = (*decided.plan.notes, *judging.judged_by(session))
-        decided = replace(decided, plan=replace(decided.plan, notes=notes))
+        decided = decided.noting(judging.judged_by(session))
         report = Report(
             model=session.model.name,
             origin=session.model.origin,

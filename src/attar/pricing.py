@@ -135,6 +135,8 @@ def _tried(transforms: Sequence[Transform]) -> list[int]:
     left_out: set[int] = set()
     for bits in _widths(transforms):
         places = list(bits)
+        if len(set(bits.values())) < len(bits):
+            continue  # one twice: no curve goes through it
         spread = np.linspace(0, len(places) - 1, min(len(places), WIDTHS_TRIED)).round()
         left_out |= set(places) - {places[int(number)] for number in spread}
     return [place for place in range(len(transforms)) if place not in left_out]

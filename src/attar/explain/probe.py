@@ -100,15 +100,19 @@ def probe(
     with progress.stage("price again", len(batches)) as advance:
         for found, seen in in_order(price_batch, range(len(batches))):
             predictions += seen
-            for total, sums in zip(totals, found, strict=True):
-                for name, (alone, joint) in sums.items():
-                    total[name] = [total[name][0] + alone, total[name][1] + joint]
+            _grow(totals, found)
             advance(1)
-    scale = 0.5 / (predictions * draws)
-    return [
-        {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in total.items()}
-        for total in totals
-    ]
+    return [_probed(total, 0.5 / (predictions * draws)) for total in totals]
+
+
+def _probed(total: Sums, scale: float) -> dict[str, Probed]:
+    return {name: Probed(scale * alone, scale * joint) for name, (alone, joint) in total.items()}
+
+
+def _grow(totals: Sequence[Sums], found: Sequence[Sums]) -> None:
+    for total, sums in zip(totals, found, strict=True):
+        for name, (alone, joint) in sums.items():
+            total[name] = [total[name][0] + alone, total[name][1] + joint]
 
 
 def _none_yet(changes: Sequence[Changes]) -> list[Sums]:

@@ -86,13 +86,32 @@ def test_values_added_do_not_change():
     assert torch.equal(values, before)
 
 
-def test_channel_products_sum_over_positions_and_join_groups():
-    y, g = random(3, 2, 7, 4), random(3, 2, 7, 4, seed=1)
-    found = moments.channel_products(y, g)
-    assert found.shape == (3, 8)
-    for sample, group, row in np.ndindex(3, 2, 4):
-        expected = sum(float(y[sample, group, p, row] * g[sample, group, p, row]) for p in range(7))
-        assert float(found[sample, 4 * group + row]) == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("at_once", [1, 5, 2**21])
+def test_what_a_linear_map_answers_is_summed_over_positions_in_parts(monkeypatch, at_once):
+    monkeypatch.setattr(moments, "NUMBERS_AT_ONCE", at_once)
+    unit = Unit("l", "linear", (4, 6), ("linear",))
+    y, g = random(3, 7, 4), random(3, 7, 4, seed=1)
+    products, sizes = moments.channel_products(unit, y, g, 3), moments.channel_sizes(unit, y, 3)
+    assert products.shape == (3, 4) and sizes.shape == (4,)
+    for sample, row in np.ndindex(3, 4):
+        expected = sum(float(y[sample, p, row] * g[sample, p, row]) for p in range(7))
+        assert float(products[sample, row]) == pytest.approx(expected, abs=1e-4)
+    for row in range(4):
+        expected = sum(abs(float(y[sample, p, row])) for sample, p in np.ndindex(3, 7))
+        assert float(sizes[row]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_convolution_answers_is_summed_over_positions():
+    unit = Unit("c", "convolution", (6, 2, 3, 3), ("convolution",), groups=3)
+    y, g = random(2, 6, 4, 5), random(2, 6, 4, 5, seed=1)
+    products, sizes = moments.channel_products(unit, y, g, 2), moments.channel_sizes(unit, y, 2)
+    assert products.shape == (2, 6) and sizes.shape == (6,)
+    for sample, row in np.ndindex(2, 6):
+        at = [float(y[sample, row, i, j] * g[sample, row, i, j]) for i, j in np.ndindex(4, 5)]
+        assert float(products[sample, row]) == pytest.approx(sum(at), abs=1e-4)
+    for row in range(6):
+        at = [abs(float(y[sample, row, i, j])) for sample, i, j in np.ndindex(2, 4, 5)]
+        assert float(sizes[row]) == pytest.approx(sum(at), abs=1e-4)
 
 
 def test_a_token_counts_once_per_sample_with_the_sum_of_its_positions():

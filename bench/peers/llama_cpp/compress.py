@@ -176,7 +176,8 @@ def importance(job: Job, model: torch.nn.Module) -> dict[str, np.ndarray]:
     masks = job.calibration.get("attention")
     with torch.no_grad():
         for number, row in enumerate(job.tokens):  # without the filling of a short sentence
-            model((row if masks is None else row[masks[number].bool()])[None])
+            tokens = row if masks is None else row[masks[number].bool()]
+            model.base_model(tokens[None])  # its head is not among those that are looked at
     n_tokens = job.tokens.numel() if masks is None else int(masks.sum())
     return {name: (total / n_tokens).numpy() for name, total in sums.items()}
 

@@ -221,6 +221,9 @@ class Gatherer:
             use.columns.positions += tokens.numel()
             output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))  # type: ignore[no-untyped-call]
             return output
+        sizes = moments.channel_sizes(unit, output.detach(), self._n_samples)
+        add_to(self.sums.activation, unit.name, sizes)
+        self.sums.outputs[unit.name] += output.numel() // unit.rows
         held = self._hold(use, call, in_place) if call.operation == "linear" else None
         if held is None:
             self._add_inputs(use, call)
@@ -242,7 +245,8 @@ class Gatherer:
         moments.add_second_moment(use.columns.moment, x)
         use.columns.total += x.sum((0, 2)).flatten()
         use.columns.mass += x.shape[0] * x.shape[2]
-        self._count_inputs(use.columns, x)
+        use.columns.positions += x.shape[0] * x.shape[2]
+        use.columns.power = moments.diagonal_of(use.columns.moment)
 
     def _hold(self, use: Use, call: Call, in_place: bool) -> Held:
         """Keep the input of a linear map; weights that read the very same one share its sums."""
@@ -255,14 +259,11 @@ class Gatherer:
         x = moments.inputs_of(call, self._n_samples).detach()
         stashed = self._stash.put(x.clone() if in_place else x)
         held = Held(stashed, use.columns, self._draws)
-        self._count_inputs(use.columns, x)
+        use.columns.power += x.square().sum((0, 2)).flatten()
+        use.columns.positions += x.shape[0] * x.shape[2]
         self._last_input = (call.input, held)
         self._held.append(held)
         return held
-
-    def _count_inputs(self, columns: Columns, x: Tensor) -> None:
-        columns.power += x.square().sum((0, 2)).flatten()
-        columns.positions += x.shape[0] * x.shape[2]
 
     def _looked_up(
         self, unit: Unit, use: Use, tokens: Tensor, value: Stashed, gradient: Tensor
@@ -285,8 +286,8 @@ class Gatherer:
         g = moments.outputs_of(unit, gradient, self._n_samples)
         chosen = moments.thinned(g, moments.POSITIONS_AT_MOST) if unit.kind == "convolution" else g
         # The sum over all positions is wanted; what was left out is like what was kept.
-        times, step = g.shape[2] / chosen.shape[2], moments.POSITIONS_AT_ONCE
-        for part in torch.split(chosen, step, dim=2):
+        times = g.shape[2] / chosen.shape[2]
+        for part in moments.parts_of(chosen):
             moments.add_second_moment(use.rows, part, times)
         for value in kept:
             self._add_products(unit, value(), gradient)
@@ -300,15 +301,8 @@ class Gatherer:
 
     def _add_products(self, unit: Unit, value: Tensor, gradient: Tensor) -> None:
         """Add the relevance of each output channel, and how large it is."""
-        y = moments.outputs_of(unit, value, self._n_samples)
-        g = moments.outputs_of(unit, gradient, self._n_samples)
-        step = moments.POSITIONS_AT_ONCE
-        parts = list(zip(torch.split(y, step, 2), torch.split(g, step, 2), strict=True))
-        products = torch.stack([moments.channel_products(*part) for part in parts]).sum(0)
+        products = moments.channel_products(unit, value, gradient, self._n_samples)
         self._add_relevance(unit, products)
-        for part, _ in parts:
-            add_to(self.sums.activation, unit.name, part.abs().sum((0, 2)).flatten())
-        self.sums.outputs[unit.name] += y.shape[0] * y.shape[2]
         add_to(self.sums.taylor, unit.name, products.abs().sum(0))
 
     def _by_label(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -15,8 +15,8 @@ from attar.kernels.symmetric import Symmetric
 from attar.records import Unit
 from attar.sites import Call, patches
 
-# Positions taken at once where all are: products with the answers of a language model are large.
-POSITIONS_AT_ONCE = 64
+# Numbers of an output taken at once where all are: those of a language model's answers are many.
+NUMBERS_AT_ONCE = 2**21
 # Positions of one picture that second moments are taken over. Neighbours say nearly the same, and
 # with hundreds of pictures there are far more of them than columns.
 POSITIONS_AT_MOST = 196
@@ -81,16 +81,42 @@ def add_second_moment(total: Tensor | Symmetric, values: Tensor, times: float = 
         flat = values.reshape(-1, values.shape[-1])
         total[0].addmm_(flat.T, flat, alpha=times)
         return
-    flat = values.transpose(0, 1).reshape(values.shape[1], -1, values.shape[-1])
-    total.baddbmm_(flat.transpose(1, 2), flat, alpha=times)
+    for own in values:  # of one sample each, because groups before samples would be a copy
+        total.baddbmm_(own.transpose(1, 2), own, alpha=times)
+
+
+def diagonal_of(total: Tensor | Symmetric) -> Float[Tensor, " features"]:
+    """Copy the diagonal of what `add_second_moment` adds to, groups joined."""
+    if isinstance(total, Symmetric):
+        return total.diagonal()
+    return (total if total.dim() == 1 else total.diagonal(dim1=1, dim2=2)).flatten().clone()
 
 
 def channel_products(
-    value: Float[Tensor, "samples groups positions rows"],
-    gradient: Float[Tensor, "samples groups positions rows"],
+    unit: Unit, value: Tensor, gradient: Tensor, samples: int
 ) -> Float[Tensor, "samples all_rows"]:
-    """Sum g·y over the positions of one sample: minus the slope of muting each channel."""
-    return (value * gradient).sum(2).flatten(1)
+    """Sum g·y over the positions of one sample: minus the slope of muting each channel.
+
+    Args:
+        value: What the unit answers, as the module shapes it; `gradient` likewise.
+    """
+    if unit.kind == "convolution":
+        return (value * gradient).flatten(2).sum(2)
+    pairs = zip(*(parts_of(_by_sample(t, samples)) for t in (value, gradient)), strict=True)
+    return torch.stack([(y * g).sum((1, 2)) for y, g in pairs]).sum(0)
+
+
+def channel_sizes(unit: Unit, value: Tensor, samples: int) -> Float[Tensor, " all_rows"]:
+    """Sum the sizes of what a unit answers over samples and positions."""
+    if unit.kind == "convolution":
+        return value.abs().flatten(2).sum((0, 2))
+    return torch.stack([y.abs().sum((0, 1, 2)) for y in parts_of(_by_sample(value, samples))]).sum(0)
+
+
+def parts_of(values: Float[Tensor, "samples one positions rows"]) -> tuple[Tensor, ...]:
+    """Cut along positions, so that what is made of a language model's answers stays small."""
+    width = values.shape[0] * values.shape[-1]
+    return torch.split(values, max(1, NUMBERS_AT_ONCE // width), dim=2)
 
 
 def token_products(

@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from attar.disk import Stash, lies_on_disk
 from attar.divergence import Divergence
-from attar.explain.moments import POSITIONS_AT_ONCE
+from attar.explain.moments import NUMBERS_AT_ONCE
 from attar.explain.sampling import drawn_gradient, go_back, tracked
 from attar.explain.statistics import pieces
 from attar.memory import release
@@ -178,8 +178,9 @@ class _Moved:
         """g·dW x of a linear map or an embedding, at each position, a few at a time."""
         change, bias = self._make(), self._bias()
         inputs = x.flatten() if g.dim() == x.dim() + 1 else x.flatten(0, -2)  # tokens, or vectors
-        gradients = torch.split(g.flatten(0, -2), POSITIONS_AT_ONCE)
-        parts = zip(torch.split(inputs, POSITIONS_AT_ONCE), gradients, strict=True)
+        at_once = max(1, NUMBERS_AT_ONCE // g.shape[-1])
+        gradients = torch.split(g.flatten(0, -2), at_once)
+        parts = zip(torch.split(inputs, at_once), gradients, strict=True)
         return torch.cat(
             [self._on(part, change, bias).mul_(gradient).sum(-1) for part, gradient in parts]
         )

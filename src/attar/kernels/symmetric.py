@@ -71,6 +71,10 @@ class Symmetric:
         twin = Symmetric(self._blocks[0].shape[1])
         return twin.add_(self)
 
+    def diagonal(self) -> Float[Tensor, " side"]:
+        """Copy the diagonal."""
+        return torch.cat([block.diagonal() for block in self._blocks])
+
     def dense(self) -> Float[Tensor, "side side"]:
         """Put the blocks in place and mirror them."""
         return _mirrored(self._bounds, self._blocks)

@@ -82,7 +82,7 @@ class Place:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """`MODEL:TOOL`, or `MODEL:TOOL:` and how the names of the settings start."""
+    """`MODEL:TOOL`, or with `:` and how the names of some settings start after it, once or more."""
     for key in options.models:
         name, tool, *start = key.split(":")
         subject = SUBJECTS[name]

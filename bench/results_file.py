@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,8 @@ def main(bench: Bench) -> None:
     typed = parser.parse_args()
     chosen = tuple(typed.models.split(",")) if typed.models else ()
     known = {*bench.models, *bench.quick_models}
-    # A bench may understand more after one more colon.
-    if unknown := {m for m in chosen if not {m, m.rpartition(":")[0]} & known}:
+    # A bench may understand more after one more colon, or several.
+    if unknown := {m for m in chosen if not known & set(accumulate(m.split(":"), "{}:{}".format))}:
         parser.error(f"this bench has no model {', '.join(sorted(unknown))}")
     table = Table(bench.name, quick=typed.quick, key=bench.key)
     if typed.check:

@@ -110,7 +110,8 @@ def channel_sizes(unit: Unit, value: Tensor, samples: int) -> Float[Tensor, " al
     """Sum the sizes of what a unit answers over samples and positions."""
     if unit.kind == "convolution":
         return value.abs().flatten(2).sum((0, 2))
-    return torch.stack([y.abs().sum((0, 1, 2)) for y in parts_of(_by_sample(value, samples))]).sum(0)
+    parts = parts_of(_by_sample(value, samples))
+    return torch.stack([part.abs().sum((0, 1, 2)) for part in parts]).sum(0)
 
 
 def parts_of(values: Float[Tensor, "samples one positions rows"]) -> tuple[Tensor, ...]:

@@ -19,7 +19,15 @@ from attar import decide, plan, trials
 from attar.divergence import Divergence
 from attar.errors import SettingError
 from attar.load.model import load_model
-from attar.plan import DECIDERS, boosting, decide_mixdq, decide_ohq, decide_qbert, decide_quantune
+from attar.plan import (
+    DECIDERS,
+    boosting,
+    decide_lrp,
+    decide_mixdq,
+    decide_ohq,
+    decide_qbert,
+    decide_quantune,
+)
 from attar.plan.solve import weight_bytes
 from attar.records import (
     Candidate,
@@ -284,6 +292,73 @@ def test_qbert_loses_less_than_one_width_for_all_in_the_same_bytes():
     small = materialise(session.model.module, found.treated)
     assert found.plan.weight_bytes <= size + 50
     assert divergence_by_hand(session, small, session.data.recovery) < 0.8 * even
+
+
+# --- LRP-QViT
+
+
+class Ranked(nn.Module):
+    """Attention, as in a vision transformer of patches, whose later blocks add ever less."""
+
+    def __init__(self, width=24, blocks=4):
+        super().__init__()
+        torch.manual_seed(11)
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.place = nn.Parameter(0.5 * torch.randn(1, 4, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * blocks))
+        self.mixes = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(blocks))
+        self.outs = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.wide = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(blocks))
+        self.back = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(blocks))
+        self.answer = nn.Linear(width, 10)
+
+    def forward(self, inputs):
+        x = self.patches(inputs).flatten(2).transpose(1, 2) + self.place
+        for n, (mix, out) in enumerate(zip(self.mixes, self.outs, strict=True)):
+            q, k, v = mix(self.norms[2 * n](x)).chunk(3, -1)
+            x = x + 3.0**-n * out((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
+            hidden = nn.functional.gelu(self.wide[n](self.norms[2 * n + 1](x)))
+            x = x + 3.0**-n * self.back[n](hidden)
+        return 6 * self.answer(x.mean(1))
+
+
+def test_contributions_are_shares_of_output_times_gradient():
+    taylor = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])}
+    found = decide_lrp.contributions(replace(statistics_of({}), channel_taylor=taylor), ["a", "b"])
+    assert found == pytest.approx({"a": 3 / 8, "b": 5 / 8})
+
+
+def test_a_table_that_is_only_looked_up_has_the_mean_contribution():
+    taylor = {"a": torch.tensor([1.0]), "b": torch.tensor([3.0])}
+    names = ["a", "table", "b"]
+    found = decide_lrp.contributions(replace(statistics_of({}), channel_taylor=taylor), names)
+    assert found == pytest.approx({"a": 1 / 6, "table": 2 / 6, "b": 3 / 6})
+
+
+def test_lrp_gives_more_bits_to_what_contributes_more():
+    asked = toy_question([1.0] * 4, [0.0] * 4)
+    taylor = {f"u{i}": torch.tensor([float(4**i)]) for i in range(4)}
+    asked = replace(asked, statistics=replace(statistics_of({}), channel_taylor=taylor))
+    found = decide_lrp.decide(asked)
+    bits = [found[f"u{i}"].settings["bits"] for i in range(4)]
+    assert weight_bytes(found) <= asked.limit
+    assert bits == sorted(bits) and bits[-1] > bits[0]
+
+
+def test_lrp_loses_less_than_one_width_for_all_on_a_vision_transformer():
+    """Its works_when."""
+    draws = torch.Generator().manual_seed(0)
+    inputs = torch.randn(120, 3, 8, 8, generator=draws)
+    model = load_model(Ranked().eval(), examples={"inputs": inputs[:2]}, task="classify")
+    recipe = Recipe(model.name, task="classify", size="9kB", decide="lrp")
+    session = open_session(recipe, model, Silent(), {"inputs": inputs})
+    statistics = decide.explain(session)
+    size, even = uniform(session, statistics, 3)
+    own = replace(session, recipe=replace(recipe, size=str(size + 100)))
+    found = decide.plan(own, decide.price(session, statistics), statistics)
+    small = materialise(session.model.module, found.treated)
+    assert found.plan.weight_bytes <= size + 100
+    assert divergence_by_hand(session, small, session.data.recovery) < 0.2 * even
 
 
 # --- Quantune

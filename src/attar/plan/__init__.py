@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 
-from attar.plan import decide_mixdq, decide_ohq, decide_price, decide_qbert, decide_quantune
+from attar.plan import (
+    decide_lrp,
+    decide_mixdq,
+    decide_ohq,
+    decide_price,
+    decide_qbert,
+    decide_quantune,
+)
 from attar.records import Candidate, Question
 
 Decider = Callable[[Question], dict[str, Candidate]]
@@ -12,5 +19,6 @@ DECIDERS: dict[str, Decider] = {
     "ohq": decide_ohq.decide,
     "mixdq": decide_mixdq.decide,
     "qbert": decide_qbert.decide,
+    "lrp": decide_lrp.decide,
     "quantune": decide_quantune.decide,
 }

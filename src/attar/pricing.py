@@ -53,7 +53,7 @@ WIDTHS_TRIED = 5
 # Treatments whose errors cancel over what they were fitted to.
 FEEDS_BACK = (
     *("quantize_feedback", "quantize_entropy", "quantize_levels", "quantize_llama"),
-    *("quantize_codebook", "quantize_low_rank", "quantize_outliers"),
+    *("quantize_codebook", "quantize_low_rank", "quantize_outliers", "quantize_binary"),
 )
 
 

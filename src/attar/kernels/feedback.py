@@ -45,7 +45,8 @@ class Grid:
         lowest: Smallest code of each row and group.
         highest: Largest.
         offset: Of each row and group; None: 0.
-        levels: Level of each code from 0 on, rising; None: a code is its own level.
+        levels: Level of each code from 0 on, rising, for all, or for each row and group; None: a
+            code is its own level.
         vectors: Where several columns are rounded together: the sizes that their levels may have,
             above 0, signs being free; a code is its own level. None: every column by itself.
         worth: With vectors: how much a squared error in each column counts that nothing later
@@ -60,7 +61,7 @@ class Grid:
     lowest: Float32[Tensor, "rows groups"]
     highest: Float32[Tensor, "rows groups"]
     offset: Float32[Tensor, "rows groups"] | None = None
-    levels: Float32[Tensor, " codes"] | None = None
+    levels: Float32[Tensor, " codes"] | Float32[Tensor, "rows groups codes"] | None = None
     vectors: Float32[Tensor, "vectors width"] | None = None
     worth: Float32[Tensor, " columns"] | None = None
     kept: Bool[Tensor, "rows columns"] | None = None
@@ -68,9 +69,16 @@ class Grid:
 
     def values(self, codes: Int16[Tensor, "rows columns"]) -> Float32[Tensor, "rows columns"]:
         """Turn codes into weights."""
-        level = codes.float() if self.levels is None else self.levels[codes.long()]
+        level = self._levels_of(codes)
         value = level * (self.scale[:, self.group_of] * self.column_scale)
         return value if self.offset is None else value + self.offset[:, self.group_of]
+
+    def _levels_of(self, codes: Int16[Tensor, "rows columns"]) -> Float32[Tensor, "rows columns"]:
+        if self.levels is None:
+            return codes.float()
+        if self.levels.dim() == 1:
+            return self.levels[codes.long()]
+        return self.levels[torch.arange(len(codes))[:, None], self.group_of, codes.long()]
 
     def of_rows(self, rows: slice | Int[Tensor, " some"]) -> Grid:
         """The grid of some rows."""
@@ -79,8 +87,18 @@ class Grid:
         scale, lowest, highest = parts
         kept = None if self.kept is None else self.kept[rows]
         free = None if self.free is None else self.free[rows]
+        levels = self.levels
+        if levels is not None and levels.dim() > 1:
+            levels = levels[rows].contiguous()
         return replace(
-            self, scale=scale, lowest=lowest, highest=highest, offset=offset, kept=kept, free=free
+            self,
+            scale=scale,
+            lowest=lowest,
+            highest=highest,
+            offset=offset,
+            levels=levels,
+            kept=kept,
+            free=free,
         )
 
     def of_columns(self, columns: Int[Tensor, " columns"], worth: Tensor) -> Grid:
@@ -112,7 +130,10 @@ def reference_round(
             continue
         group = grid.group_of[j]
         choices = torch.arange(int(grid.lowest[i, group]), int(grid.highest[i, group]) + 1)
-        level = choices if grid.levels is None else grid.levels[choices]
+        levels = grid.levels
+        if levels is not None and levels.dim() == 3:
+            levels = levels[i, group]
+        level = choices if levels is None else levels[choices]
         values = level * (grid.scale[i, group] * grid.column_scale[j]).double()
         if grid.offset is not None:
             values = values + grid.offset[i, group]
@@ -190,7 +211,7 @@ def _round_rows(
         grid.lowest.numpy(),
         grid.highest.numpy(),
         (torch.zeros_like(grid.scale) if grid.offset is None else grid.offset).numpy(),
-        (torch.empty(0) if grid.levels is None else grid.levels).numpy(),
+        _three_sides(grid.levels).numpy(),
         grid.group_of.to(torch.int64).numpy(),
         (torch.empty(0, 0, dtype=torch.bool) if grid.kept is None else grid.kept).numpy(),
         (torch.empty(0, 0) if grid.free is None else grid.free).numpy(),
@@ -210,6 +231,13 @@ def _round_rows(
             target[:, end:] -= far
             if len(among):
                 moved[:, end:] += far
+
+
+def _three_sides(levels: Tensor | None) -> Tensor:
+    """Levels as `rows groups codes`; one row and one group where all share them."""
+    if levels is None:
+        return torch.empty(1, 1, 0)
+    return levels[None, None] if levels.dim() == 1 else levels
 
 
 class _Lines(NamedTuple):
@@ -243,6 +271,7 @@ def _round_tile(
     target, moved, errors, codes = lines
     scale, column_scale, lowest, highest, offset, levels, group_of, kept, free = steps
     both, some_kept = among.shape[0] > 0, kept.shape[0] > 0
+    last_row, last_group, n_levels = levels.shape[0] - 1, levels.shape[1] - 1, levels.shape[2]
     for i in range(target.shape[0]):
         for j in range(start, end):
             if some_kept and kept[i, j]:
@@ -251,11 +280,11 @@ def _round_tile(
             group = group_of[j]
             step = scale[i, group] * column_scale[j]
             exact = (target[i, j] - offset[i, group]) / step
-            if len(levels) > 0:
-                code = 0
-                while code + 1 < len(levels) and exact > 0.5 * (levels[code] + levels[code + 1]):
+            if n_levels > 0:
+                own, code = levels[min(i, last_row), min(group, last_group)], 0
+                while code + 1 < n_levels and exact > 0.5 * (own[code] + own[code + 1]):
                     code += 1
-                level = levels[code]
+                level = own[code]
                 codes[i, j] = np.int16(code)
             else:
                 level = min(max(np.rint(exact), lowest[i, group]), highest[i, group])

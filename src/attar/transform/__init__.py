@@ -3,6 +3,7 @@
 from typing import Any
 
 from attar.transform.keep_float import KeepFloat
+from attar.transform.quantize_binary import QuantizeBinary
 from attar.transform.quantize_codebook import QuantizeCodebook
 from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
@@ -16,6 +17,7 @@ from attar.transform.zero_unstructured import ZeroUnstructured
 
 TRANSFORMS: dict[str, type[Any]] = {
     "keep_float": KeepFloat,
+    "quantize_binary": QuantizeBinary,
     "quantize_codebook": QuantizeCodebook,
     "quantize_entropy": QuantizeEntropy,
     "quantize_feedback": QuantizeFeedback,

@@ -18,6 +18,7 @@ from report_parts import (
 
 from attar.records import (
     Budget,
+    Calibration,
     Changed,
     Estimate,
     Leftover,
@@ -25,8 +26,27 @@ from attar.records import (
     Receipt,
     Report,
     Round,
+    SliceFound,
+    Truth,
     Verdict,
 )
+
+
+def truth_found(n, accuracy, lost):
+    before, after = (Estimate(a, a - 0.1, a + 0.1) for a in (accuracy, accuracy - lost + 0.01))
+    return Truth(
+        n,
+        before,
+        after,
+        Estimate(lost, 0.0, 2 * lost),
+        Estimate(0.01, 0.0, 0.02),
+        0.021,
+        Estimate(0.93, 0.9, 0.96),
+        0.21,
+        0.083,
+        Calibration(0.041, 0.31, 1.09, 0.032),
+        Calibration(0.067, 0.36, 1.19, 0.035),
+    )
 
 
 def language_verdict(choices, units):
@@ -185,6 +205,23 @@ def efficientnet():
         changed=(
             Changed("picture coffee", "coffee", "espresso (0.95)", "cup (0.48)", 0.91),
             Changed("picture chelsea", "chelsea", "tiger cat (0.39)", "Egyptian cat (0.41)", 0.2),
+        ),
+        divergence_p95=0.31,
+        jensen_shannon=Estimate(0.0141, 0.011, 0.019),
+        truth=truth_found(96, 0.78, 0.05),
+        slices=tuple(
+            SliceFound(
+                label,
+                n,
+                n,
+                Estimate(nats, nats / 2, 2 * nats),
+                Estimate(0.03, 0.0, 0.07),
+                None if n < 9 else truth_found(n, 0.7, 0.06),
+                p,
+                None if n < 9 else 0.4,
+                0.04,
+            )
+            for label, n, nats, p in (("night", 8, 0.19, 0.004), ("<b>day</b>", 88, 0.05, 1.0))
         ),
     )
     return replace(

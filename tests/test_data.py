@@ -130,6 +130,27 @@ def test_an_array_of_labels_gives_slices(tmp_path):
         gather(toys.regression_model(), str(tmp_path / "a.npz"), sizes=DataSizes(), slices="colour")
 
 
+def test_an_array_of_answers_and_the_labels_follow_the_audit_samples(tmp_path):
+    labels, answers = np.array(["low", "high"] * 10), np.arange(20) - 1
+    arrays = write_arrays(tmp_path / "a.npz", kind=labels, answers=answers)
+    data = gather(
+        toys.regression_model(), str(tmp_path / "a.npz"), sizes=DataSizes(6, 3, 6), slices="kind"
+    )
+    place = {row.tobytes(): number for number, row in enumerate(arrays["inputs"])}
+    shown = [place[row] for row in as_bytes(data.audit, "inputs")]
+    assert data.answers == [answers[number] for number in shown]
+    assert data.audit_slices == [labels[number] for number in shown]
+    write_arrays(tmp_path / "b.npz", answers=answers / 2)
+    with pytest.raises(DataError, match="the array answers"):
+        gather(toys.regression_model(), str(tmp_path / "b.npz"), sizes=DataSizes(6, 3, 6))
+
+
+def test_without_labels_or_answers_there_are_none(tmp_path):
+    write_arrays(tmp_path / "a.npz")
+    data = gather(toys.regression_model(), str(tmp_path / "a.npz"), sizes=DataSizes())
+    assert data.answers == () and data.audit_slices == ()
+
+
 @pytest.mark.parametrize(
     ("arrays", "found"),
     [

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,30 @@ def test_a_label_file_gives_slices_and_misses_are_named(tmp_path):
     labels.write_text("\n".join(lines[:3]))
     with pytest.raises(DataError, match=r"no label for picture03\.png"):
         gather(str(folder), slices=str(labels))
+
+
+def test_a_table_gives_true_answers_by_name_or_number(tmp_path):
+    toys.write_pictures(tmp_path, 4)
+    names = ("a hen", "a cock", "a goose")
+    model = toys.picture_model()
+    model = replace(model, files={**model.files, "labels.txt": "\n".join(names).encode()})
+    given = ["a goose", "0", "", "a cock"]
+    table = tmp_path / "t.tsv"
+
+    def gathered(answers):
+        rows = [f"picture{i:02}.png\t{'ab'[i % 2]}\t{a}" for i, a in enumerate(answers)]
+        table.write_text("\n".join(["path\tlabel\tanswer", *rows]))
+        return picture_splits(
+            model, str(table), COUNTS, seed=0, slices=None, progress=Silent()
+        ).samples
+
+    for split in gathered(given):
+        for sample in split:
+            assert sample.answer == (2, 0, -1, 1)[int(sample.shown[7:9])]
+    for wrong in ("a hed", "3", "-1"):
+        with pytest.raises(DataError, match="no class of the model") as error:
+            gathered([wrong, *given[1:]])
+        assert "a hen" in error.value.hint
 
 
 def test_an_unreadable_picture_is_named(tmp_path):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from report_cases import CASES, audit_only, embedder, failed, hostile, smollm2
+from report_cases import CASES, audit_only, efficientnet, embedder, failed, hostile, smollm2
 
 from attar.errors import OutputError
 from attar.report.flow import draw_flow, spread
@@ -184,6 +184,17 @@ def test_an_embedder_says_that_it_has_no_answer_to_change():
     words = Page(html_of(embedder)).words
     assert "no most likely answer" in words
     assert "0.9912" in words
+
+
+def test_slices_and_true_answers_stand_on_the_page_as_text():
+    page = Page(report_to_html(efficientnet()))
+    rows = [row for row in page.rows if row and row[0] in ("night", "<b>day</b>")]
+    assert [row[0] for row in rows] == ["night", "<b>day</b>"]
+    assert rows[0][2] == "0.190" and rows[0][-2] == "0.0040"
+    assert rows[0][5:8] == ["", "", ""]  # no true answer is known there
+    assert rows[1][5:8] == ["70.0%", "65.0%", "0.40"]
+    assert "5.00% were right and are wrong now, 1.00% the other way round (p 0.21)" in page.words
+    assert ["best temperature", "1.09", "1.19"] in page.rows
 
 
 def test_names_become_places():

@@ -86,6 +86,18 @@ def test_an_embedder_has_a_cosine_and_no_changed_predictions():
     assert "perplexity" not in text
 
 
+def test_slices_and_true_answers_are_told():
+    text = audit_to_text(efficientnet().verdict)
+    assert "5.00% (95% interval 0% to 10.0%); the reverse 1.00%; p 0.21" in text
+    assert "78.0% before, 74.0% after" in text
+    assert "4.1% before, 6.7% after" in text
+    lines = [line.split() for line in text.splitlines()]
+    (night,) = [line for line in lines if line and line[0] == "night"]
+    assert night == ["night", "8", "0.190", "0.0950", "to", "0.380", "3.00%", "0.0040"]
+    (day,) = [line for line in lines if line and line[0] == "<b>day</b>"]
+    assert day[1] == "88"
+
+
 def test_markup_in_names_is_text():
     text = report_to_text(hostile(), 100)
     assert "[red]" in text

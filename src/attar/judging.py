@@ -104,6 +104,8 @@ def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdic
             family=session.divergence.family,
             predicted_damage=decided.plan.predicted_damage,
             seed=session.recipe.seed,
+            slices=session.data.audit_slices,
+            labelled=bool(session.data.answers),
         )
         return with_details(
             verdict,
@@ -126,6 +128,8 @@ def judge_models(session: Session, other: Model) -> Verdict:
             family=session.divergence.family,
             predicted_damage=0.0,  # nobody predicted anything
             seed=session.recipe.seed,
+            slices=session.data.audit_slices,
+            labelled=bool(session.data.answers),
         )
         return with_details(verdict, **_details(session, other, measured))  # type: ignore[arg-type]
 
@@ -162,6 +166,7 @@ def _measure(session: Session, module: nn.Module) -> Measured:
         session.data.audit,
         session.divergence,
         progress=session.progress,
+        answers=session.data.answers,
     )
 
 

@@ -92,6 +92,8 @@ class Data:
         origin: Where the samples come from, for the report.
         slices: Slice label of each calibration batch's samples, or empty.
         shown: Text of audit samples where there is one, in order of samples (for the report).
+        audit_slices: Slice label of each audit sample, or empty.
+        answers: Number of the true class of each audit sample, -1 where it is not known; or empty.
     """
 
     calibration: Sequence[Batch]
@@ -100,6 +102,8 @@ class Data:
     origin: str
     slices: Sequence[Sequence[str]] = ()
     shown: Sequence[str] = ()
+    audit_slices: Sequence[str] = ()
+    answers: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -706,6 +710,74 @@ class GroupClaim:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How far a model's confidence is from how often it is right.
+
+    Attributes:
+        ece: Expected calibration error, 15 bins.
+        brier: Mean squared error of the whole distribution, 0 to 2.
+        temperature: That its outputs are best divided by.
+        ece_refitted: With that.
+    """
+
+    ece: float
+    brier: float
+    temperature: float
+    ece_refitted: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Both models against true answers: labels, or the token that really follows.
+
+    Attributes:
+        accuracy_before: Of the original.
+        negative_flips: Share of predictions that the original got right and the other does not.
+        positive_flips: The other way round.
+        other_flips: Share where both are wrong, differently.
+        probability_ratio: Of the true answer, compressed over original; geometric mean.
+        p_value: Of as many negative over positive flips (or the reverse) by chance, two-sided.
+        smallest_shown: Change of accuracy that so much data shows four times in five.
+    """
+
+    n_predictions: int
+    accuracy_before: Estimate
+    accuracy_after: Estimate
+    negative_flips: Estimate
+    positive_flips: Estimate
+    other_flips: float
+    probability_ratio: Estimate
+    p_value: float
+    smallest_shown: float
+    calibration_before: Calibration | None = None
+    calibration_after: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class SliceFound:
+    """What the samples of one label lost.
+
+    Attributes:
+        flips: Share of changed predictions; None for gaussian.
+        truth: None without true answers.
+        p_worse: Of so much more divergence than in the rest by chance, one-sided, after Holm over
+            the slices.
+        p_accuracy: `Truth.p_value` after Holm; None without true answers.
+        smallest_shown: Mean divergence beyond the rest that so much data shows four times in five.
+    """
+
+    label: str
+    n_samples: int
+    n_predictions: int
+    divergence: Estimate
+    flips: Estimate | None
+    truth: Truth | None
+    p_worse: float
+    p_accuracy: float | None
+    smallest_shown: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What changed. `outcome` is "passed", "failed" or "undecided".
 
@@ -714,6 +786,9 @@ class Verdict:
         divergence: Mean nats per prediction.
         divergence_p99: 99th percentile over predictions.
         divergence_median: Median over predictions.
+        divergence_p95: 95th percentile.
+        jensen_shannon: Mean nats between each model and the mean of both, 0 to log 2; None for
+            gaussian.
         flips: Share of predictions whose most likely answer changed; None for embeddings.
         perplexity_ratio: Compressed over original on the audit text; None unless language.
         cosine: Mean cosine of embeddings; None unless embeddings.
@@ -722,6 +797,8 @@ class Verdict:
         changed: The predictions that changed most.
         continuations: The same prompts continued by both: (prompt, original, compressed).
         token_divergence: Tokens of one audit text with the nats at each, for the report.
+        truth: Both against true answers; None where there are none.
+        slices: By label of the samples, those that lost most first.
     """
 
     outcome: str
@@ -740,6 +817,10 @@ class Verdict:
     changed: tuple[Changed, ...] = ()
     continuations: tuple[tuple[str, str, str], ...] = ()
     token_divergence: tuple[tuple[str, float], ...] = ()
+    divergence_p95: float | None = None
+    jensen_shannon: Estimate | None = None
+    truth: Truth | None = None
+    slices: tuple[SliceFound, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,26 @@ Streams: nothing but a few numbers per prediction is held, whatever the size of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attar.divergence import Divergence
+from attar.errors import DataError
 from attar.parallel import in_order
 from attar.records import Batch, Estimate, Model, Progress
 
 # Predictions compared at once: the differences of 49,152 logits of each fit in 25 MB.
 ROWS_AT_ONCE = 128
 N_RESAMPLES = 1000
+# Temperatures among which each model's best is looked for, on predictions of so many numbers.
+TEMPERATURES = tuple(2.0 ** (k / 16) for k in range(-24, 25))
+TEMPERED_NUMBERS, TEMPERED_AT_LEAST = 2**25, 256
 
 Forward = Callable[[Batch], Tensor]
 """A batch to outputs, `samples predictions width`."""
@@ -32,10 +38,19 @@ class Measured:
         divergence: Nats.
         answer_before: Most likely answer of the original; -1 for gaussian.
         probability_before: Its probability.
-        surprise_before: -log p(next token), nats; empty where there is no next token to compare.
+        surprise_before: -log p(true answer), nats: of the next token, or of a label; one for each
+            prediction that has one.
+        surprise_sample: Which sample each of these belongs to.
+        surprise_at: Place of each of these among all predictions.
+        truth: True answers, likewise.
+        brier_before: Squared errors of the whole distribution, likewise.
         blind_divergence: Mean nats lost by a model that answers the same whatever the input:
             the scale on which a divergence is large or small.
         entropy: Mean entropy of the original's answers, nats.
+        jensen_shannon: Nats between each model and the mean of both; empty for gaussian.
+        tempered_before: Of some of the predictions with a true answer: surprise at each of
+            TEMPERATURES, the probability of the most likely answer, and whether it is right (the
+            same at each), `predictions temperatures 3`.
     """
 
     sample: np.ndarray
@@ -51,6 +66,13 @@ class Measured:
     cosine: np.ndarray
     blind_divergence: float
     entropy: float
+    surprise_at: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    truth: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    brier_before: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    brier_after: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    jensen_shannon: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    tempered_before: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3)))
+    tempered_after: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3)))
 
     @property
     def mean_divergence(self) -> float:
@@ -66,82 +88,158 @@ def measure(
     *,
     progress: Progress,
     stage: str = "audit",
+    answers: Sequence[int] = (),
 ) -> Measured:
-    """Compare the two on every prediction of `batches`."""
+    """Compare the two on every prediction of `batches`.
 
-    def compare(batch: Batch) -> tuple[list[dict[str, np.ndarray]], _Blind]:
-        blind = _Blind(divergence)
+    Args:
+        answers: True class of each sample, -1 where it is not known; or empty.
+    """
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    starts = [0, *accumulate(sizes)][: len(sizes)]
+    n_predictions = sum(
+        int(b["mask"].sum()) if "mask" in b else n for b, n in zip(batches, sizes, strict=True)
+    )
+
+    def compare(number: int) -> tuple[list[dict[str, np.ndarray]], _Blind]:
+        blind, batch = _Blind(divergence), batches[number]
         with torch.no_grad():
             before = model.task.forward(model.module, batch)
             after = compressed(batch)
-            return list(_compare(model, batch, before, after, divergence, blind)), blind
+            truth = _true_answers(model, batch, before, answers[starts[number] :])
+            some = _tempered_step(n_predictions, before)
+            return list(_compare(batch, before, after, truth, divergence, blind, some)), blind
 
     parts: list[dict[str, np.ndarray]] = []
-    blind = _Blind(divergence)
-    first = 0
+    blind, n_before = _Blind(divergence), 0
     with progress.stage(stage, len(batches)) as advance:
-        for batch, (found, seen) in zip(batches, in_order(compare, batches), strict=True):
+        for first, (found, seen) in zip(
+            starts, in_order(compare, range(len(batches))), strict=True
+        ):
             for part in found:
                 part["sample"] += first
                 part["surprise_sample"] += first
+                part["surprise_at"] += n_before
+                n_before += len(part["sample"])
             parts += found
             blind.join(seen)
-            first += len(next(iter(batch.values())))
             advance(1)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Measured(**joined, blind_divergence=blind.mean(), entropy=blind.entropy())
 
 
+def _tempered_step(n_predictions: int, outputs: Tensor) -> int:
+    """Of every so many predictions one is tried at all temperatures."""
+    most = max(TEMPERED_AT_LEAST, TEMPERED_NUMBERS // outputs.shape[-1])
+    return -(-n_predictions * outputs.shape[1] // most)
+
+
 def _compare(
-    model: Model,
     batch: Batch,
     before: Tensor,
     after: Tensor,
+    truth: Tensor,
     divergence: Divergence,
     blind: _Blind,
+    step: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Compare one batch, a few rows at a time."""
     mask = batch.get("mask", torch.ones(before.shape[:2], dtype=torch.bool))
-    following = _next_tokens(model, batch, before, mask)
-    where = mask.nonzero()
-    for rows in torch.split(where, ROWS_AT_ONCE):
+    for rows in torch.split(mask.nonzero(), ROWS_AT_ONCE):
         sample, position = rows.unbind(1)
         p, q = before[sample, position], after[sample, position]
         blind.add(p)
-        answer = torch.full((len(p), 2), -1)
-        chance = torch.ones(len(p), 2)
-        surprise = torch.zeros(0, 2)
-        kept = torch.zeros(0, dtype=torch.long)
-        if divergence.family == "categorical":
-            logs = [p.log_softmax(-1), q.log_softmax(-1)]
-            best = [log.max(-1) for log in logs]
-            chance = torch.stack([b.values.exp() for b in best], 1)
-            answer = torch.stack([b.indices for b in best], 1)
-            token = following[sample, position]
-            kept = (token >= 0).nonzero().flatten()
-            surprise = torch.stack([-log[kept, token[kept]] for log in logs], 1)
-        yield {
+        found = {
             "sample": sample.numpy().copy(),
             "position": position.numpy().copy(),
             "divergence": divergence.between(p, q).double().numpy(),
-            "answer_before": answer[:, 0].numpy(),
-            "answer_after": answer[:, 1].numpy(),
-            "probability_before": chance[:, 0].numpy(),
-            "probability_after": chance[:, 1].numpy(),
-            "surprise_before": surprise[:, 0].double().numpy(),
-            "surprise_after": surprise[:, 1].double().numpy(),
-            "surprise_sample": sample[kept].numpy().copy(),
             "cosine": torch.cosine_similarity(p, q, dim=-1).double().numpy(),
         }
+        if divergence.family == "categorical":
+            yield (
+                found | _answers(p, q) | _against_truth(p, q, truth[sample, position], sample, step)
+            )
+        else:
+            yield found | _no_answers(len(p))
 
 
-def _next_tokens(model: Model, batch: Batch, outputs: Tensor, mask: Tensor) -> Tensor:
-    """The token that really follows each position; -1 where none does."""
-    following = torch.full(outputs.shape[:2], -1)
+def _answers(p: Tensor, q: Tensor) -> dict[str, np.ndarray]:
+    """What both answer, and how far apart that is."""
+    logs = [p.log_softmax(-1), q.log_softmax(-1)]
+    best = [log.max(-1) for log in logs]
+    middle = torch.logaddexp(*logs) - math.log(2)
+    apart = sum((log.exp() * (log - middle)).sum(-1) for log in logs)
+    return {
+        "answer_before": best[0].indices.numpy(),
+        "answer_after": best[1].indices.numpy(),
+        "probability_before": best[0].values.exp().numpy(),
+        "probability_after": best[1].values.exp().numpy(),
+        "jensen_shannon": (0.5 * torch.as_tensor(apart)).double().numpy(),
+    }
+
+
+def _against_truth(
+    p: Tensor, q: Tensor, truth: Tensor, sample: Tensor, step: int
+) -> dict[str, np.ndarray]:
+    """How both answer where the true answer is known."""
+    kept = (truth >= 0).nonzero().flatten()
+    true, found = truth[kept], {"truth": truth[kept].numpy()}
+    for name, outputs in (("before", p[kept]), ("after", q[kept])):
+        log = outputs.log_softmax(-1)
+        own = log.gather(-1, true[:, None])[:, 0]
+        found[f"surprise_{name}"] = -own.double().numpy()
+        found[f"brier_{name}"] = (log.exp().square().sum(-1) - 2 * own.exp() + 1).double().numpy()
+        some = slice(None, None, step)
+        found[f"tempered_{name}"] = _tempered(outputs[some], true[some])
+    found["surprise_sample"] = sample[kept].numpy().copy()
+    found["surprise_at"] = kept.numpy().copy()
+    return found
+
+
+def _tempered(outputs: Tensor, truth: Tensor) -> np.ndarray:
+    right = (outputs.argmax(-1) == truth).double()
+    found = torch.zeros(len(outputs), len(TEMPERATURES), 3, dtype=torch.float64)
+    for place, temperature in enumerate(TEMPERATURES):
+        log = (outputs / temperature).log_softmax(-1)
+        found[:, place, 0] = -log.gather(-1, truth[:, None])[:, 0].double()
+        found[:, place, 1] = log.amax(-1).exp().double()
+        found[:, place, 2] = right
+    return found.numpy()
+
+
+def _no_answers(n: int) -> dict[str, np.ndarray]:
+    """Of outputs that are no choice among answers."""
+    none = np.zeros(0)
+    both = {
+        f"{name}_{side}": none for name in ("surprise", "brier") for side in ("before", "after")
+    }
+    chances = {f"probability_{side}": np.ones(n) for side in ("before", "after")}
+    answers = {f"answer_{side}": np.full(n, -1) for side in ("before", "after")}
+    tempered = {f"tempered_{side}": np.zeros((0, 0, 3)) for side in ("before", "after")}
+    places = {name: np.zeros(0, int) for name in ("surprise_sample", "surprise_at", "truth")}
+    return both | chances | answers | tempered | places | {"jensen_shannon": none}
+
+
+def _true_answers(model: Model, batch: Batch, outputs: Tensor, answers: Sequence[int]) -> Tensor:
+    """The token that really follows each position, or the sample's class; -1 where none is known.
+
+    Args:
+        answers: Of this batch's samples and those after it; or empty.
+    """
+    truth = torch.full(outputs.shape[:2], -1)
     name = {"language": "tokens", "transcribe": "decoder_tokens"}.get(model.task.name)
     if name is not None:
-        following[:, :-1] = batch[name][:, 1:].masked_fill(~mask[:, 1:], -1)
-    return following
+        mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+        truth[:, :-1] = batch[name][:, 1:].masked_fill(~mask[:, 1:], -1)
+    elif len(answers):
+        truth[:] = torch.tensor(answers[: len(truth)])[:, None]
+        if int(truth.max()) >= outputs.shape[-1]:
+            raise DataError(
+                f"a true answer is class {int(truth.max())}, and {model.name} has "
+                f"{outputs.shape[-1]} classes, from 0 on.",
+                hint="give numbers of the model's own classes, or -1 where none fits.",
+            )
+    return truth
 
 
 class _Blind:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from attar.audit.behaviour import against_truth, by_slice, with_calibration
 from attar.audit.fidelity import Measured, bootstrap
 from attar.records import Changed, Estimate, GroupClaim, Verdict
 
@@ -20,17 +21,33 @@ LOST_INFORMATION_LIMIT = 0.5
 CHANGED_PREDICTIONS_LIMIT = 0.5
 
 
-def judge(measured: Measured, *, family: str, predicted_damage: float, seed: int) -> Verdict:
-    """Apply the rule to one comparison."""
+def judge(
+    measured: Measured,
+    *,
+    family: str,
+    predicted_damage: float,
+    seed: int,
+    slices: Sequence[str] = (),
+    labelled: bool = False,
+) -> Verdict:
+    """Apply the rule to one comparison.
+
+    Args:
+        slices: Label of each sample, or empty.
+        labelled: Whether true answers are labels, and not the text itself.
+    """
     if not np.isfinite(measured.divergence).all():
         return _broken(measured, predicted_damage)
     divergence = bootstrap(measured.divergence, measured.sample, seed=seed)
-    flips = None
+    flips = apart = None
     if family == "categorical":
+        if len(measured.jensen_shannon):
+            apart = bootstrap(measured.jensen_shannon, measured.sample, seed=seed)
         changed = (measured.answer_before != measured.answer_after).astype(float)
         flips = bootstrap(changed, measured.sample, seed=seed)
     ratio = None
-    if len(measured.surprise_before):
+    truth = against_truth(measured, seed)
+    if len(measured.surprise_before) and not labelled:
         worse = measured.surprise_after - measured.surprise_before
         ratio = bootstrap(worse, measured.surprise_sample, seed=seed, of=np.exp)
     cosine = None
@@ -50,6 +67,10 @@ def judge(measured: Measured, *, family: str, predicted_damage: float, seed: int
         perplexity_ratio=ratio,
         cosine=cosine,
         original_entropy=measured.entropy if family == "categorical" else None,
+        divergence_p95=float(np.quantile(measured.divergence, 0.95)),
+        jensen_shannon=apart,
+        truth=None if truth is None else with_calibration(truth, measured),
+        slices=by_slice(measured, slices, family=family, seed=seed),
     )
 
 

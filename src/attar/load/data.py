@@ -119,6 +119,8 @@ def load_data(
         origin=splits.origin,
         slices=[labels[at : at + per_batch] for at in starts] if any(labels) else (),
         shown=[sample.shown for sample in audit] if any(s.shown for s in audit) else (),
+        audit_slices=[s.label for s in audit] if all(s.label for s in audit) else (),
+        answers=[s.answer for s in audit] if any(s.answer >= 0 for s in audit) else (),
     )
 
 

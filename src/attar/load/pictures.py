@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +98,8 @@ def picture_splits(
             split = []
             for number in range(count):
                 entry = entries[chosen[number % len(chosen)]]
-                split.append(_view(entry, number // len(chosen), seed, settings))
+                answer = class_number(entry, model.files)
+                split.append(_view(entry, number // len(chosen), seed, settings, answer))
                 advance(1)
             samples.append(tuple(split))
     n_pictures = sum(len(chosen) for chosen in dealt)
@@ -128,7 +131,27 @@ def _find_pictures(source: str | None, slices: str | None) -> tuple[list[Entry],
     return [Entry(path.name, path, None) for path in paths], "sample pictures of scikit-image"
 
 
-def _view(entry: Entry, number: int, seed: int, settings: PictureSettings) -> Sample:
+def class_number(entry: Entry, files: Mapping[str, bytes]) -> int:
+    """Number of the class that an entry is said to be of; -1 where nothing is said.
+
+    Raises:
+        DataError: Neither a number nor a line of the model's labels.txt.
+    """
+    if not entry.answer:
+        return -1
+    names = files.get("labels.txt", b"").decode("utf-8", errors="replace").splitlines()
+    if entry.answer in names:
+        return names.index(entry.answer)
+    if entry.answer.isdecimal() and (not names or int(entry.answer) < len(names)):
+        return int(entry.answer)
+    near = get_close_matches(entry.answer, names, n=3, cutoff=0.3) or names[:3]
+    raise DataError(
+        f"the answer {entry.answer!r} of {entry.name} is no class of the model.",
+        hint=f"give its number, from 0 on, or its name, such as {', '.join(near) or '0'}",
+    )
+
+
+def _view(entry: Entry, number: int, seed: int, settings: PictureSettings, answer: int) -> Sample:
     """View 0 is the whole picture as the model is normally given it; the others are crops."""
     assert entry.path is not None
     picture = open_picture(entry.path)
@@ -139,7 +162,7 @@ def _view(entry: Entry, number: int, seed: int, settings: PictureSettings) -> Sa
     else:
         crop = draw_crop(picture, random.Random(f"{seed} {entry.name} {number}"))
         pixels = box_to_pixels(picture, crop.box, settings, mirrored=crop.mirrored)
-    return Sample({"pixels": pixels}, entry.label, shown)
+    return Sample({"pixels": pixels}, entry.label, shown, answer)
 
 
 def draw_crop(picture: Image.Image, draws: random.Random) -> Crop:

@@ -23,12 +23,14 @@ class Entry:
         path: The file; None for text that stands in a table.
         text: From the table; None for a file.
         label: Slice; "" where there is none.
+        answer: True class, its number or name; "" where it is not known.
     """
 
     name: str
     path: Path | None
     text: str | None
     label: str = ""
+    answer: str = ""
 
 
 def read_entries(
@@ -38,7 +40,7 @@ def read_entries(
 
     Args:
         source: A file, a folder (its sub-folders are labels) or a .tsv/.csv table with a column
-            `text` or `path`, and perhaps `label`.
+            `text` or `path`, and perhaps `label` and `answer`.
         suffixes: Of files that fit the model, lower case with the dot.
         wanted: The same in words, for errors.
         slices: A column of the table, or a two-column .tsv: sample, label.
@@ -136,6 +138,7 @@ def _read_table(path: Path, suffixes: frozenset[str], column: str | None) -> lis
             hint=f"give --slices one of them, for example --slices {names[-1]}",
         )
     label_at = names.index(column or "label") if (column or "label") in names else None
+    answer_at = names.index("answer") if "answer" in names else None
     content_at = names.index(content)
     entries = []
     for number, row in enumerate(rows, start=2):
@@ -144,9 +147,9 @@ def _read_table(path: Path, suffixes: frozenset[str], column: str | None) -> lis
                 f"line {number} of {path} has {len(row)} columns, the first line has {len(names)}.",
                 hint="give every line the same columns",
             )
-        label = "" if label_at is None else row[label_at].strip()
+        label, answer = ("" if at is None else row[at].strip() for at in (label_at, answer_at))
         if content == "text":
-            entries.append(Entry(f"row {number}", None, row[content_at], label))
+            entries.append(Entry(f"row {number}", None, row[content_at], label, answer))
             continue
         file = path.parent / row[content_at]
         if not file.is_file() or file.suffix.lower() not in suffixes:
@@ -156,7 +159,7 @@ def _read_table(path: Path, suffixes: frozenset[str], column: str | None) -> lis
                 hint=f"paths are relative to {path.parent}; files end in "
                 + " ".join(sorted(suffixes)),
             )
-        entries.append(Entry(row[content_at], file, None, label))
+        entries.append(Entry(row[content_at], file, None, label, answer))
     return entries
 
 

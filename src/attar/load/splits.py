@@ -43,11 +43,13 @@ class Sample:
         tensors: Named as in the batch. The first dimension may differ between samples.
         label: Of the slice it belongs to; "" where there are no slices.
         shown: For the report.
+        answer: Number of its true class; -1 where it is not known.
     """
 
     tensors: Mapping[str, Tensor]
     label: str = ""
     shown: str = ""
+    answer: int = -1
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from attar.records import Batch, Model
 
 TENSOR_SUFFIXES = frozenset({".npz", ".safetensors"})
+# The array of true classes, where there is one.
+ANSWERS = "answers"
 PARTS = Counts(1024, 512, 1024)  # samples where no counts are given: at most, in this proportion
 
 
@@ -49,6 +51,7 @@ def tensor_splits(
     inputs = {name: _fitting(name, arrays, model.examples, source) for name in model.examples}
     total = _sample_count(inputs, source)
     labels = _labels(arrays, slices, total, source)
+    answers = _answers(arrays, total, source)
     needed = sum(counts.as_tuple()) if counts else 3
     if total < needed:
         raise DataError(
@@ -58,7 +61,11 @@ def tensor_splits(
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     splits = [
         tuple(
-            Sample({name: array[order[one]] for name, array in inputs.items()}, labels[order[one]])
+            Sample(
+                {name: array[order[one]] for name, array in inputs.items()},
+                labels[order[one]],
+                answer=answers[order[one]],
+            )
             for one in chosen
         )
         for chosen in deal_evenly(total, counts or PARTS)
@@ -143,3 +150,15 @@ def _labels(
             hint=f"give --slices one of its arrays: {', '.join(arrays)}",
         )
     return [str(label) for label in arrays[slices].tolist()]
+
+
+def _answers(arrays: Mapping[str, np.ndarray], total: int, source: str) -> list[int]:
+    found = arrays.get(ANSWERS)
+    if found is None:
+        return [-1] * total
+    if found.shape != (total,) or not np.issubdtype(found.dtype, np.integer):
+        raise DataError(
+            f"the array {ANSWERS} of {source} is {found.dtype} of the shape {found.shape}.",
+            hint=f"give one whole number for each of {total} samples: its true class, or -1",
+        )
+    return [int(answer) for answer in found]

@@ -157,7 +157,9 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "n_samples": verdict.n_samples,
         "divergence": asdict(verdict.divergence),
         "divergence_median": verdict.divergence_median,
+        "divergence_p95": verdict.divergence_p95,
         "divergence_p99": verdict.divergence_p99,
+        "jensen_shannon": _estimate(verdict.jensen_shannon),
         "predicted_damage": verdict.predicted_damage,
         "predicted_over_measured": _ratio(verdict.predicted_damage, measured),
         "flips": _estimate(verdict.flips),
@@ -168,6 +170,8 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         # the compressed model gives them over the probability the original gave them.
         "probability_kept": math.exp(-measured) if entropy is not None else None,
         "divergence_over_entropy": None if entropy is None else _ratio(measured, entropy),
+        "truth": None if verdict.truth is None else asdict(verdict.truth),
+        "slices": [asdict(one) for one in verdict.slices],
         "groups": [_group(group) for group in verdict.groups],
         "changed": [asdict(changed) for changed in verdict.changed],
         "continuations": [

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from attar.records import Candidate, Plan, Report, Scores, Unit, Verdict
 
+SLICES_SHOWN = 8
 SHOWN = 8  # units at each end: with the two headings, both ends fit on a screen of 24 lines
 OUTCOME_STYLES = {"passed": "bold green", "failed": "bold red", "undecided": "bold yellow"}
 
@@ -59,6 +60,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         heading("audit"),
         table,
         Text(""),
+        *_slice_parts(facts["slices"]),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
     ]
@@ -204,7 +206,62 @@ def _loss_rows(verdict: Mapping[str, Any], noun: str) -> list[tuple[str, str]]:
     )
     judged = f"{plural(verdict['n_predictions'], noun)} of {plural(verdict['n_samples'], 'sample')}"
     rows.append(("judged on", judged))
+    return rows + _truth_rows(verdict["truth"])
+
+
+def _truth_rows(truth: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Against true answers: whether what changed is for the worse."""
+    if truth is None:
+        return []
+    before, after = truth["accuracy_before"], truth["accuracy_after"]
+    negative, positive = truth["negative_flips"], truth["positive_flips"]
+    rows = [
+        (
+            "right answers",
+            f"{percent_text(before['value'])} before, {percent_text(after['value'])} after"
+            f" (95% interval {interval_text(after, percent=True)})",
+        ),
+        (
+            "right, then wrong",
+            f"{percent_text(negative['value'])} (95% interval"
+            f" {interval_text(negative, percent=True)}); the reverse"
+            f" {percent_text(positive['value'])}; p {number_text(truth['p_value'], 2)}",
+        ),
+        (
+            "could have shown",
+            f"a change of {percent_text(truth['smallest_shown'], 2)} of the answers",
+        ),
+    ]
+    if truth["calibration_before"] is not None:
+        errors = [truth[f"calibration_{side}"]["ece"] for side in ("before", "after")]
+        rows.append(
+            (
+                "calibration error",
+                f"{percent_text(errors[0], 2)} before, {percent_text(errors[1], 2)} after",
+            )
+        )
     return rows
+
+
+def _slice_parts(slices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Who lost how much, most first."""
+    if not slices:
+        return []
+    numbers = ("samples", "divergence", "95% interval", "changed", "p worse")
+    table = plain_table("slice", *numbers, right=numbers)
+    for one in slices[:SLICES_SHOWN]:
+        flips = one["flips"]
+        table.add_row(
+            Text(one["label"]),
+            f"{one['n_samples']:,}",
+            number_text(one["divergence"]["value"]),
+            interval_text(one["divergence"]),
+            "" if flips is None else percent_text(flips["value"]),
+            number_text(one["p_worse"], 2),
+        )
+    left = len(slices) - SLICES_SHOWN
+    more = [Text(f"and {left} more in the report")] if left > 0 else []
+    return [table, *more, Text("")]
 
 
 def _continuation_parts(continuations: Sequence[Mapping[str, str]]) -> list[RenderableType]:

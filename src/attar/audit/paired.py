@@ -1,0 +1,116 @@
+"""Tests of paired results, corrections for many tests, and what so much data could have shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+
+# Of the sampled tests: the smallest p they can give is one over this and one more.
+N_RESAMPLES = 4999
+RESAMPLES_AT_ONCE = 500
+# Standard errors from 0 to what a two-sided test at 5% finds four times in five.
+ERRORS_TO_SHOW = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
+
+
+def mcnemar_exact(worse: int, better: int) -> float:
+    """P of pairs so unevenly discordant if neither direction were likelier, two-sided.
+
+    Source: McNemar 1947, https://doi.org/10.1007/BF02295996, with the exact binomial in place of
+    its approximation.
+    """
+    return 1.0 if worse + better == 0 else float(stats.binomtest(worse, worse + better).pvalue)
+
+
+def sign_flip(differences: Float[np.ndarray, " samples"], seed: int) -> float:
+    """P of a mean so far from 0 if each sample's difference were as likely with the other sign.
+
+    For samples that hold many predictions, which hang together.
+
+    Source: Fisher 1935, The design of experiments, section 21; signs sampled, and what was found
+    counted among them (Phipson and Smyth 2010, https://doi.org/10.2202/1544-6115.1585).
+    """
+    found = abs(float(differences.sum()))
+    if found == 0:
+        return 1.0
+    draws = np.random.default_rng(seed)
+    as_far = 0
+    for start in range(0, N_RESAMPLES, RESAMPLES_AT_ONCE):
+        n = min(RESAMPLES_AT_ONCE, N_RESAMPLES - start)
+        signs = 2.0 * draws.integers(0, 2, (n, len(differences))) - 1.0
+        as_far += int((np.abs(signs @ differences) >= found * (1 - 1e-12)).sum())
+    return (as_far + 1) / (N_RESAMPLES + 1)
+
+
+def larger_than_the_rest(
+    sums: Float[np.ndarray, " samples"],
+    counts: Int[np.ndarray, " samples"],
+    chosen: Bool[np.ndarray, " samples"],
+    seed: int,
+) -> float:
+    """P of so much larger a mean of the chosen samples if they were chosen at random, one-sided.
+
+    Args:
+        sums: Of the values of each sample's predictions.
+        counts: Predictions of each sample.
+
+    Source: Pitman 1937, https://doi.org/10.2307/2984124 (permutation test); sampled as above.
+    """
+    n = int(chosen.sum())
+    if n == 0 or n == len(chosen):
+        return 1.0
+    total, predictions = float(sums.sum()), float(counts.sum())
+
+    def apart(places: np.ndarray) -> float:
+        inside, n_inside = float(sums[places].sum()), float(counts[places].sum())
+        return inside / n_inside - (total - inside) / (predictions - n_inside)
+
+    found = apart(np.flatnonzero(chosen))
+    draws, as_far = np.random.default_rng(seed), 0
+    for _ in range(N_RESAMPLES):
+        drawn = draws.permutation(len(chosen))[:n]
+        as_far += apart(drawn) >= found - 1e-12 * abs(found)
+    return (as_far + 1) / (N_RESAMPLES + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values so that any of them below 5% by chance is itself a 5% chance.
+
+    Source: Holm 1979, https://www.jstor.org/stable/4615733.
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted, largest = [1.0] * len(order), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[i]))
+        adjusted[int(i)] = largest
+    return adjusted
+
+
+def smallest_shown(values: Float[np.ndarray, " samples"]) -> float:
+    """Mean that a two-sided test at 5% would find four times in five, from so many such samples.
+
+    Where all are 0, the share of samples of which one would have shown 19 times in 20.
+    """
+    n = len(values)
+    if not values.any():
+        return float(1 - 0.05 ** (1 / n))
+    if n < 2:
+        return math.inf
+    return ERRORS_TO_SHOW * float(values.std(ddof=1)) / math.sqrt(n)
+
+
+def expected_calibration_error(
+    confidence: Float[np.ndarray, " predictions"],
+    right: Bool[np.ndarray, " predictions"],
+    bins: int = 15,
+) -> float:
+    """Mean gap between confidence and share of right answers over bins of equal width.
+
+    Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 3.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    sums = np.bincount(place, confidence - right, bins)
+    return float(np.abs(sums).sum() / len(confidence))

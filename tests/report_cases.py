@@ -42,6 +42,7 @@ def truth_found(n, accuracy, lost):
         Estimate(0.01, 0.0, 0.02),
         0.021,
         Estimate(0.93, 0.9, 0.96),
+        Estimate(0.01 - lost, -2 * lost, 0.01),
         0.21,
         0.083,
         Calibration(0.041, 0.31, 1.09, 0.032),

@@ -9,19 +9,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from attar.cli_audit import audit_command
 from attar.command_output import (
     check_json,
     check_one_of,
     exit_code,
     fail,
     quieten,
+    recipe_of,
     screen,
     show,
     terminate,
@@ -29,7 +31,6 @@ from attar.command_output import (
 )
 from attar.errors import AttarError
 from attar.options import (
-    MODEL_HELP,
     AcceptLicence,
     Activations,
     Audit,
@@ -106,7 +107,7 @@ def compress(
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
-    recipe = _recipe(locals())
+    recipe = recipe_of(locals())
     with open_progress() as progress:
         report = pipeline.compress(recipe, out, force=force, restart=restart, progress=progress)
     show(report_to_text(report, **screen()))
@@ -149,7 +150,7 @@ def plan(
     from attar.resuming import discard
 
     check_one_of(size, frontier, out)
-    recipe = _recipe({**locals(), "size": size or ""})
+    recipe = recipe_of({**locals(), "size": size or ""})
     if frontier is not None:
         _plan_all_sizes(recipe, frontier, force=force, restart=restart)
         return
@@ -182,7 +183,7 @@ def apply(
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
-    recipe = _recipe({**locals(), "model": "", "size": size or ""})
+    recipe = recipe_of({**locals(), "model": "", "size": size or ""})
     do = pipeline.apply_plan_file if size is None else pipeline.apply_frontier_file
     with open_progress() as progress:
         report = do(plan_file, out, recipe=recipe, force=force, restart=restart, progress=progress)
@@ -215,7 +216,7 @@ def explain(
     accept_licence: AcceptLicence = False,
 ) -> None:
     """Say what every unit of a model is worth."""
-    recipe = _recipe(locals())  # first: what is imported would be taken for arguments
+    recipe = recipe_of(locals())  # first: what is imported would be taken for arguments
     from attar import decide, pipeline, serving
     from attar.explain import check_criterion
     from attar.report.terminal import scores_to_text
@@ -234,43 +235,7 @@ def explain(
         write_json(json_file, serving.explanation_to_json(session, scores, relevance.slices))
 
 
-@app.command(name="audit")
-def audit_command(
-    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help=MODEL_HELP)],
-    compressed: Annotated[str, typer.Argument(metavar="COMPRESSED", help=MODEL_HELP)],
-    data: DataPath = None,
-    slices: Slices = None,
-    seed: Seed = 0,
-    task: TaskName = None,
-    factory: Factory = None,
-    degrid: Degrid = None,
-    calibration: Calibration = None,
-    recovery: Recovery = None,
-    audit: Audit = None,
-    threads: Threads = 2,
-    accept_licence: AcceptLicence = False,
-    json_file: JsonFile = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.html and report.json there.")
-    ] = None,
-) -> int:
-    """Compare any two models, whoever compressed."""
-    from attar import pipeline
-    from attar.report.html import write_report
-    from attar.report.record import jsonable, verdict_to_json
-    from attar.report.terminal import audit_to_text
-
-    first = _recipe({**locals(), "model": original, "factory": None})
-    second = Recipe(model=compressed, factory=factory, task=task, accept_licence=accept_licence)
-    check_json(json_file)
-    with open_progress() as progress:
-        found = pipeline.audit(first, second, progress=progress)
-    show(audit_to_text(found.verdict, **screen()))
-    if json_file is not None:
-        write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
-    if report is not None:
-        show(f"report  {write_report(found, report)[0]}")
-    return exit_code(found.verdict)
+app.command(name="audit")(audit_command)
 
 
 @app.command()
@@ -344,13 +309,6 @@ def root(
     ] = False,
 ) -> None:
     """Run before every command; the version is printed by the option itself."""
-
-
-def _recipe(arguments: Mapping[str, Any]) -> Recipe:
-    """Pick what a recipe asks for out of a command's arguments."""
-    chosen = {name: arguments[name] for name in Recipe.__dataclass_fields__ if name in arguments}
-    chosen["keep"] = tuple(chosen.get("keep") or ())
-    return Recipe(**chosen)
 
 
 def _plan_all_sizes(recipe: Recipe, folder: Path, *, force: bool, restart: bool) -> None:

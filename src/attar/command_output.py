@@ -16,14 +16,14 @@ import typer
 from attar.errors import Terminated
 
 if TYPE_CHECKING:
-    from attar.records import Verdict
+    from attar.records import Recipe, Verdict
 
 WRONG = 2  # exit code of a mistake in what was typed or given
 NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
 
 
 def check_json(path: Path | None) -> None:
-    """Refuse a file that --json cannot be written to, before long work."""
+    """Refuse a file of facts that cannot be written, before long work."""
     from attar.export.text_file import check_new_file
 
     if path is not None:
@@ -32,9 +32,14 @@ def check_json(path: Path | None) -> None:
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Write facts as a whole file, or not at all."""
+    write_bytes(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file, or nothing."""
     from attar.export.text_file import write_whole
 
-    write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, content)
 
 
 def show(text: str) -> None:
@@ -67,6 +72,15 @@ def fail(problem: str, hint: str) -> int:
 def exit_code(verdict: Verdict) -> int:
     """Say how it went to whoever runs the command: 0 passed, 1 failed, 3 undecided."""
     return {"passed": 0, "failed": 1}.get(verdict.outcome, 3)
+
+
+def recipe_of(arguments: Mapping[str, Any]) -> Recipe:
+    """Pick what a recipe asks for out of a command's arguments."""
+    from attar.records import Recipe
+
+    chosen = {name: arguments[name] for name in Recipe.__dataclass_fields__ if name in arguments}
+    chosen["keep"] = tuple(chosen.get("keep") or ())
+    return Recipe(**chosen)
 
 
 def check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:

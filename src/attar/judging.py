@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Measured, measure
+from attar.audit.policy import Policy, read_policy
 from attar.audit.verdict import judge, with_details
 from attar.decide import Decided
 from attar.disk import HELD_AT_MOST_BYTES
-from attar.errors import DataError
+from attar.errors import BudgetError, DataError
 from attar.explain.statistics import STREAMS, samples_at_once, statistics_bytes
 from attar.export.run import class_names, continue_text
 from attar.gguf_names import FILE as GGUF_FILE
@@ -28,6 +29,7 @@ from attar.load.model import load_model
 from attar.load.onnx_model import read_onnx
 from attar.memory import forecast, machine_bytes
 from attar.onnx_names import FILE as ONNX_FILE
+from attar.plan.size import parse_size
 from attar.records import Batch, GroupClaim, Model, Verdict
 from attar.session import Session
 from attar.sites import Roundings, substituted
@@ -61,6 +63,22 @@ def forecast_memory(session: Session) -> int:
             "from a folder or a file."
         )
     return wanted
+
+
+def open_policy(path: Path) -> Policy:
+    """Read a policy; its size is one of bytes, because a share or bits need a model.
+
+    Raises:
+        SettingError: See `read_policy`.
+        BudgetError: A size that cannot be read.
+    """
+
+    def parse(text: str) -> int:
+        if text.rstrip().endswith(("%", "bits", "bit")):
+            raise BudgetError(f"a policy limits bytes, not {text}.", hint="write size: 60MB")
+        return parse_size(text, bytes_at_16_bits=0, n_parameters=0)
+
+    return read_policy(path, parse)
 
 
 def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:

@@ -7,9 +7,11 @@ load → explain → cost → plan → transform → audit → export → report
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from attar import decide, equalising, judging, serving, writing
+from attar.audit.policy import with_policy
 from attar.explain import CRITERIA
 from attar.export import attar_folder
 from attar.memory import peak_bytes
@@ -240,9 +242,23 @@ def score_all(session: Session, statistics: Statistics) -> dict[str, Scores]:
     }
 
 
-def audit(original: Recipe, compressed: Recipe, *, progress: Progress | None = None) -> Report:
-    """Compare any two models that answer the same question, on the first one's audit data."""
+def audit(
+    original: Recipe,
+    compressed: Recipe,
+    *,
+    policy: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare any two models that answer the same question, on the first one's audit data.
+
+    Args:
+        policy: File of limits that the verdict is held to beside its own rule.
+    """
+    limits = None if policy is None else judging.open_policy(policy)
     session = open_recipe(original, progress)
     other = open_model(compressed)
     verdict = judging.judge_models(session, other)
-    return serving.audit_report(session, other, verdict, Path(compressed.model))
+    report = serving.audit_report(session, other, verdict, Path(compressed.model))
+    if limits is None:
+        return report
+    return replace(report, verdict=with_policy(verdict, limits, report.bytes_after))

@@ -736,6 +736,7 @@ class Truth:
         positive_flips: The other way round.
         other_flips: Share where both are wrong, differently.
         probability_ratio: Of the true answer, compressed over original; geometric mean.
+        accuracy_change: After less before.
         p_value: Of as many negative over positive flips (or the reverse) by chance, two-sided.
         smallest_shown: Change of accuracy that so much data shows four times in five.
     """
@@ -747,6 +748,7 @@ class Truth:
     positive_flips: Estimate
     other_flips: float
     probability_ratio: Estimate
+    accuracy_change: Estimate
     p_value: float
     smallest_shown: float
     calibration_before: Calibration | None = None
@@ -778,6 +780,21 @@ class SliceFound:
 
 
 @dataclass(frozen=True)
+class Check:
+    """One limit and what was found.
+
+    Attributes:
+        found: None where the data cannot say.
+        outcome: "passed", "failed" or "undecided".
+    """
+
+    name: str
+    found: Estimate | None
+    limit: float
+    outcome: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What changed. `outcome` is "passed", "failed" or "undecided".
 
@@ -799,6 +816,9 @@ class Verdict:
         token_divergence: Tokens of one audit text with the nats at each, for the report.
         truth: Both against true answers; None where there are none.
         slices: By label of the samples, those that lost most first.
+        checks: What decided.
+        policy: Name of the file whose limits are among the checks; "" without one.
+        policy_sha256: Of what it says.
     """
 
     outcome: str
@@ -821,6 +841,9 @@ class Verdict:
     jensen_shannon: Estimate | None = None
     truth: Truth | None = None
     slices: tuple[SliceFound, ...] = ()
+    checks: tuple[Check, ...] = ()
+    policy: str = ""
+    policy_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from attar.audit.evidence import bundle, read_key
 from attar.errors import DataError, ModelError
 from attar.export.run import classify_pictures, continue_text, embed_texts, transcribe
 from attar.inputs import PICTURE_SUFFIXES
@@ -19,8 +21,8 @@ from attar.load.mel import log_mel
 from attar.load.model import load_model, save_huggingface
 from attar.memory import peak_bytes
 from attar.records import Budget, Model, Plan, Receipt, Report, Scores, Verdict
-from attar.report.record import jsonable
-from attar.session import Session
+from attar.report.record import jsonable, report_to_json
+from attar.session import Session, state_hash, tensors_hash
 
 DIGITS = 4  # of a cosine or a probability: more than the model is worth
 
@@ -237,8 +239,35 @@ def audit_report(session: Session, other: Model, verdict: Verdict, folder: Path 
         seconds=dict(session.seconds),
         peak_memory_bytes=peak_bytes(),
         forecast_memory_bytes=0,
-        provenance=session.provenance(),
+        provenance=session.provenance() | _of_both(session, other, folder),
     )
+
+
+def _of_both(session: Session, other: Model, folder: Path | None) -> dict[str, Any]:
+    """What tells the other model and the data from any others."""
+    files = [folder] if folder is not None and folder.is_file() else []
+    if folder is not None and folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+    return {
+        "compressed_sha256": state_hash(other.module),
+        "compressed_files": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+        },
+        "audit_data_sha256": tensors_hash(session.data.audit),
+    }
+
+
+def evidence(report: Report, policy: Path | None, key: Path) -> bytes:
+    """Sign what an audit found; see `audit.evidence`.
+
+    Args:
+        policy: That it was held to.
+        key: File of the private key.
+    """
+    facts = report_to_json(report)
+    chosen = {name: facts[name] for name in ("model", "size", "verdict", "provenance")}
+    said = None if policy is None else policy.read_bytes()
+    return bundle(chosen, said, read_key(key))
 
 
 def _weigh(model: Model, folder: Path | None) -> int:

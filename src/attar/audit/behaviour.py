@@ -46,6 +46,7 @@ def against_truth(measured: Measured, seed: int, chosen: np.ndarray | None = Non
         positive_flips=share(~before & after),
         other_flips=float(other.mean()),
         probability_ratio=bootstrap(gain, sample, seed=seed, of=np.exp),
+        accuracy_change=share(change),
         p_value=_p_of_change(change, by_sample, seed),
         smallest_shown=paired.smallest_shown(by_sample) * len(by_sample) / len(truth),
     )

@@ -15,7 +15,8 @@ import numpy as np
 
 from attar.audit.behaviour import against_truth, by_slice, with_calibration
 from attar.audit.fidelity import Measured, bootstrap
-from attar.records import Changed, Estimate, GroupClaim, Verdict
+from attar.audit.policy import OUTCOMES, check
+from attar.records import Changed, Check, Estimate, GroupClaim, Verdict
 
 LOST_INFORMATION_LIMIT = 0.5
 CHANGED_PREDICTIONS_LIMIT = 0.5
@@ -53,7 +54,7 @@ def judge(
     cosine = None
     if family == "gaussian":
         cosine = bootstrap(measured.cosine, measured.sample, seed=seed)
-    outcome, reasons = _apply_rule(divergence, measured.blind_divergence, flips)
+    outcome, reasons, checks = _apply_rule(divergence, measured.blind_divergence, flips)
     return Verdict(
         outcome=outcome,
         reasons=reasons,
@@ -71,6 +72,7 @@ def judge(
         jensen_shannon=apart,
         truth=None if truth is None else with_calibration(truth, measured),
         slices=by_slice(measured, slices, family=family, seed=seed),
+        checks=checks,
     )
 
 
@@ -91,33 +93,31 @@ def _broken(measured: Measured, predicted_damage: float) -> Verdict:
         perplexity_ratio=None,
         cosine=None,
         original_entropy=None,
+        checks=(Check("answers are numbers", None, 0.0, "failed"),),
     )
 
 
 def _apply_rule(
     divergence: Estimate, blind: float, flips: Estimate | None
-) -> tuple[str, tuple[str, ...]]:
+) -> tuple[str, tuple[str, ...], tuple[Check, ...]]:
     """Compare each interval with its limit; the worst result is the outcome."""
-    checks = []
+    limits = []
     if blind > 0:
         share = Estimate(*(v / blind for v in (divergence.value, divergence.low, divergence.high)))
-        checks.append(
-            ("of what the answers say about the inputs was lost", share, LOST_INFORMATION_LIMIT)
-        )
+        what = "of what the answers say about the inputs was lost"
+        limits.append(("lost information", what, share, LOST_INFORMATION_LIMIT))
     if flips is not None:
-        checks.append(("of the predictions changed", flips, CHANGED_PREDICTIONS_LIMIT))
-    outcomes, reasons = ["passed"], []
-    for what, found, limit in checks:
-        outcome = "passed"
-        if found.high > limit:
-            outcome = "failed" if found.low > limit else "undecided"
-        outcomes.append(outcome)
+        what = "of the predictions changed"
+        limits.append(("changed predictions", what, flips, CHANGED_PREDICTIONS_LIMIT))
+    checks, reasons = [], []
+    for name, what, found, limit in limits:
+        checks.append(check(name, found, limit))
         reasons.append(
             f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%}) {what}; "
-            f"the limit is {limit:.0%}: {outcome}"
+            f"the limit is {limit:.0%}: {checks[-1].outcome}"
         )
-    worst = max(outcomes, key=("passed", "undecided", "failed").index)
-    return worst, tuple(reasons)
+    worst = max(["passed", *(one.outcome for one in checks)], key=OUTCOMES.index)
+    return worst, tuple(reasons), tuple(checks)
 
 
 def with_details(

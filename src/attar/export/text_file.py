@@ -1,4 +1,4 @@
-"""One text file that a command writes: whole or not at all."""
+"""One file that a command writes: whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_new_file(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write in {folder}.", hint="choose a file in another folder.")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write under another name, then rename.
 
     Raises:
@@ -31,7 +31,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
         raise OutputError(

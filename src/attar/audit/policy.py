@@ -1,0 +1,195 @@
+"""Limits that somebody wrote down before they saw the numbers.
+
+A policy is a YAML file: names of what is measured, each with the most it may be.
+
+    divergence: 0.05            # nats per prediction, mean
+    negative_flips: 2%          # right before, wrong now
+    any_slice:
+      divergence: 0.1           # of the worst label
+    size: 60MB
+
+Each limit is a check: passed where the whole 95% interval lies at or below it, failed where all of
+it lies above, else undecided. What the data cannot say (no true answers, no labels) is
+undecided too. The outcome of the verdict is the worst of all checks, its own rule's among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attar.errors import SettingError
+from attar.records import Check, Estimate, SliceFound, Truth, Verdict
+
+OUTCOMES = ("passed", "undecided", "failed")
+ANY_SLICE, SIZE = "any_slice", "size"
+# Of a whole verdict, and of one slice: name in a policy to what is found; None where nothing is.
+Found = Estimate | None
+
+
+def _exactly(value: float | None) -> Found:
+    return None if value is None else Estimate(value, value, value)
+
+
+def _lost_accuracy(truth: Truth | None) -> Found:
+    if truth is None:
+        return None
+    change = truth.accuracy_change
+    return Estimate(-change.value, -change.high, -change.low)
+
+
+LIMITS: Mapping[str, Callable[[Verdict], Found]] = {
+    "divergence": lambda v: v.divergence,
+    "divergence_p95": lambda v: _exactly(v.divergence_p95),
+    "divergence_p99": lambda v: _exactly(v.divergence_p99),
+    "jensen_shannon": lambda v: v.jensen_shannon,
+    "changed_predictions": lambda v: v.flips,
+    "negative_flips": lambda v: v.truth.negative_flips if v.truth else None,
+    "lost_accuracy": lambda v: _lost_accuracy(v.truth),
+    "perplexity_ratio": lambda v: v.perplexity_ratio,
+    "calibration_error": lambda v: (
+        _exactly(v.truth.calibration_after.ece) if v.truth and v.truth.calibration_after else None
+    ),
+}
+SLICE_LIMITS: Mapping[str, Callable[[SliceFound], Found]] = {
+    "divergence": lambda s: s.divergence,
+    "changed_predictions": lambda s: s.flips,
+    "negative_flips": lambda s: s.truth.negative_flips if s.truth else None,
+    "lost_accuracy": lambda s: _lost_accuracy(s.truth),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Limits as they were read.
+
+    Attributes:
+        name: Of the file.
+        sha256: Of what it says, however it is laid out.
+        limits: Of the whole: name to the most it may be.
+        slices: Of every slice.
+        size: Bytes of every file that the compressed model needs; None for no limit.
+    """
+
+    name: str
+    sha256: str
+    limits: Mapping[str, float]
+    slices: Mapping[str, float]
+    size: int | None = None
+
+
+def read_policy(path: Path, parse_size: Callable[[str], int]) -> Policy:
+    """Read a policy.
+
+    Raises:
+        SettingError: No such file, no YAML, an unknown name, or a limit that is no number.
+    """
+    try:
+        said = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as fault:
+        line = " ".join(str(fault).split())
+        raise SettingError(
+            f"the policy {path} cannot be read: {line}.",
+            hint="write lines such as divergence: 0.05",
+        ) from fault
+    if not isinstance(said, dict) or not said:
+        raise SettingError(
+            f"the policy {path} holds no limits.", hint="write lines such as divergence: 0.05"
+        )
+    slices = said.get(ANY_SLICE, {})
+    if not isinstance(slices, dict):
+        raise SettingError(
+            f"{ANY_SLICE} of {path} holds no limits.", hint="indent lines such as divergence: 0.1"
+        )
+    whole = {name: value for name, value in said.items() if name not in (ANY_SLICE, SIZE)}
+    limits = _limits(whole, (*LIMITS, ANY_SLICE, SIZE), path)
+    inside = _limits(slices, tuple(SLICE_LIMITS), path)
+    size = parse_size(str(said[SIZE])) if SIZE in said else None
+    text = json.dumps({"limits": limits, ANY_SLICE: inside, SIZE: size}, sort_keys=True)
+    return Policy(path.name, hashlib.sha256(text.encode()).hexdigest(), limits, inside, size)
+
+
+def _limits(said: Mapping[Any, Any], known: tuple[str, ...], path: Path) -> dict[str, float]:
+    found = {}
+    for name, value in said.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
+            raise SettingError(
+                f"{path} limits {name!r}, which is not measured.", hint=f"limit {', '.join(near)}"
+            )
+        found[name] = _number(name, value, path)
+    return found
+
+
+def _number(name: str, value: Any, path: Path) -> float:
+    """A number, or a share written with a percent sign."""
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 <= number < math.inf:
+        raise SettingError(
+            f"the limit of {name} in {path} is {value!r}.",
+            hint=f"give a number from 0 on, such as {name}: 0.05, or a share such as 2%",
+        )
+    return number
+
+
+def with_policy(verdict: Verdict, policy: Policy, weight_bytes: int) -> Verdict:
+    """Add the policy's checks to a verdict; the worst of all is the outcome.
+
+    Args:
+        weight_bytes: Of every file that the compressed model needs.
+    """
+    checks = list(_checks(verdict, policy, weight_bytes))
+    outcomes = [verdict.outcome, *(check.outcome for check in checks)]
+    return replace(
+        verdict,
+        outcome=max(outcomes, key=OUTCOMES.index),
+        reasons=(*verdict.reasons, *(reason_of(check) for check in checks)),
+        checks=(*verdict.checks, *checks),
+        policy=policy.name,
+        policy_sha256=policy.sha256,
+    )
+
+
+def _checks(verdict: Verdict, policy: Policy, weight_bytes: int) -> Iterator[Check]:
+    for name, limit in policy.limits.items():
+        yield check(name, LIMITS[name](verdict), limit)
+    for name, limit in policy.slices.items():
+        if not verdict.slices:
+            yield check(f"any slice: {name}", None, limit)
+        for one in verdict.slices:
+            yield check(f"slice {one.label}: {name}", SLICE_LIMITS[name](one), limit)
+    if policy.size is not None:
+        yield check(SIZE, _exactly(float(weight_bytes)), float(policy.size))
+
+
+def check(name: str, found: Found, limit: float) -> Check:
+    """Hold an interval against a limit."""
+    if found is None or math.isnan(found.value):
+        return Check(name, None, limit, "undecided")
+    outcome = "passed"
+    if found.high > limit:
+        outcome = "failed" if found.low > limit else "undecided"
+    return Check(name, found, limit, outcome)
+
+
+def reason_of(one: Check) -> str:
+    """A check as one line."""
+    if one.found is None:
+        return f"{one.name}: the data cannot say; the limit is {one.limit:g}: undecided"
+    value, low, high = one.found.value, one.found.low, one.found.high
+    between = "" if low == high else f" ({low:.3g} to {high:.3g})"
+    shown = f"{value:,.0f}" if one.name == SIZE else f"{value:.3g}"
+    limit = f"{one.limit:,.0f}" if one.name == SIZE else f"{one.limit:g}"
+    return f"{one.name}: {shown}{between}; the limit is {limit}: {one.outcome}"

@@ -43,7 +43,7 @@ def _lost_accuracy(truth: Truth | None) -> Found:
     if truth is None:
         return None
     change = truth.accuracy_change
-    return Estimate(-change.value, -change.high, -change.low)
+    return Estimate(0.0 - change.value, 0.0 - change.high, 0.0 - change.low)  # without a -0
 
 
 LIMITS: Mapping[str, Callable[[Verdict], Found]] = {

@@ -25,6 +25,7 @@ from attar.records import (
     Plan,
     Receipt,
     Report,
+    Responsible,
     Round,
     SliceFound,
     Truth,
@@ -208,6 +209,11 @@ def efficientnet():
             Changed("picture chelsea", "chelsea", "tiger cat (0.39)", "Egyptian cat (0.41)", 0.2),
         ),
         divergence_p95=0.31,
+        responsible=(
+            Responsible("_blocks.3", Estimate(0.05, 0.04, 0.06), 0.82, 0.031, 41_000, 0.029),
+            Responsible("_fc", Estimate(0.011, 0.0, 0.02), 0.18, 0.004, 160_000),
+        ),
+        unattributed=0.004,
         jensen_shannon=Estimate(0.0141, 0.011, 0.019),
         truth=truth_found(96, 0.78, 0.05),
         slices=tuple(

@@ -195,6 +195,17 @@ def test_slices_and_true_answers_stand_on_the_page_as_text():
     assert rows[1][5:8] == ["70.0%", "65.0%", "0.40"]
     assert "5.00% were right and are wrong now, 1.00% the other way round (p 0.21)" in page.words
     assert ["best temperature", "1.09", "1.19"] in page.rows
+    layers = [row for row in page.rows if row and row[0] in ("_blocks.3", "_fc")]
+    assert [
+        "_blocks.3",
+        "82.0%",
+        "0.0500",
+        "0.0400 to 0.0600",
+        "41.0 kB",
+        "0.0310",
+        "0.0290",
+    ] in layers
+    assert ["_fc", "18.0%", "0.0110", "0 to 0.0200", "160 kB", "0.00400", ""] in layers
 
 
 def test_names_become_places():

@@ -96,6 +96,10 @@ def test_slices_and_true_answers_are_told():
     assert night == ["night", "8", "0.190", "0.0950", "to", "0.380", "3.00%", "0.0040"]
     (day,) = [line for line in lines if line and line[0] == "<b>day</b>"]
     assert day[1] == "88"
+    (first,) = [line for line in lines if line and line[0] == "_blocks.3"]
+    assert first == ["_blocks.3", "82.0%", "0.0500", "41.0", "kB", "0.0310", "0.0290"]
+    assert "giving _blocks.3 one bit more costs 41.0 kB and returned 48% of the damage" in text
+    assert "0.40% of the divergence is in no layer's weights" in text
 
 
 def test_markup_in_names_is_text():

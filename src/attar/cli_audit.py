@@ -65,6 +65,9 @@ def audit_command(
     sign: Annotated[
         Path | None, typer.Option(metavar="KEY", help="Ed25519 private key, PEM, for --evidence.")
     ] = None,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
+    ] = False,
     signer: Annotated[
         str | None, typer.Option(metavar="HEX", help="For verify: whose key must have signed.")
     ] = None,
@@ -84,7 +87,7 @@ def audit_command(
     check_json(json_file)
     check_json(junit)
     with open_progress() as progress:
-        found = pipeline.audit(first, second, policy=policy, progress=progress)
+        found = pipeline.audit(first, second, policy=policy, attribute=attribute, progress=progress)
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))

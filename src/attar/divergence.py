@@ -39,6 +39,17 @@ class Divergence:
         log_q = compressed.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
+    def slope(
+        self,
+        original: Float[Tensor, "predictions width"],
+        compressed: Float[Tensor, "predictions width"],
+    ) -> Float[Tensor, "predictions width"]:
+        """Gradient of `between` at the compressed outputs."""
+        if self.family == "gaussian":
+            assert self.whitening is not None
+            return (compressed - original) @ self.whitening.T @ self.whitening
+        return compressed.softmax(-1) - original.softmax(-1)
+
     def parts(
         self,
         original: Float[Tensor, "predictions width"],

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from attar import decide, equalising, judging, serving, writing
+from attar import attributing, decide, equalising, judging, serving, writing
 from attar.audit.policy import with_policy
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -247,17 +247,21 @@ def audit(
     compressed: Recipe,
     *,
     policy: Path | None = None,
+    attribute: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compare any two models that answer the same question, on the first one's audit data.
 
     Args:
         policy: File of limits that the verdict is held to beside its own rule.
+        attribute: Whether to say which units' changes are responsible for what was lost.
     """
     limits = None if policy is None else judging.open_policy(policy)
     session = open_recipe(original, progress)
     other = open_model(compressed)
     verdict = judging.judge_models(session, other)
+    if attribute:
+        verdict = attributing.with_attribution(session, other, verdict)
     report = serving.audit_report(session, other, verdict, Path(compressed.model))
     if limits is None:
         return report

@@ -780,6 +780,26 @@ class SliceFound:
 
 
 @dataclass(frozen=True)
+class Responsible:
+    """How much of the divergence the change of one unit is responsible for.
+
+    Attributes:
+        damage: Nats per prediction; those of all units sum to the divergence.
+        share: Of the divergence.
+        returned: Nats that halving the unit's error would return, predicted.
+        cost_bytes: Of one bit more for each weight, which about halves the error.
+        measured: Nats that it did return, where that was tried; else None.
+    """
+
+    unit: str
+    damage: Estimate
+    share: float
+    returned: float
+    cost_bytes: int
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
 class Check:
     """One limit and what was found.
 
@@ -819,6 +839,8 @@ class Verdict:
         checks: What decided.
         policy: Name of the file whose limits are among the checks; "" without one.
         policy_sha256: Of what it says.
+        responsible: Units, the most responsible first; empty where it was not asked for.
+        unattributed: Share of the divergence that no unit's change explains: norms and the like.
     """
 
     outcome: str
@@ -844,6 +866,8 @@ class Verdict:
     checks: tuple[Check, ...] = ()
     policy: str = ""
     policy_sha256: str = ""
+    responsible: tuple[Responsible, ...] = ()
+    unattributed: float | None = None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Probed:
 
 
 Sums = dict[str, list[float]]
+Met = Callable[[str, Tensor], None]
+"""Told, on the way back, a unit and g·dW x of its change, `samples positions`."""
 
 
 def probe(
@@ -83,7 +85,9 @@ def probe(
         for piece, _ in pieces(batches[number], (), model):
             stash = Stash(on_disk=lies_on_disk(model.module))
             with substituted(model.module, weights or {}):
-                outputs = _run(model, piece, changes, sums, stash)
+                outputs = run_meeting(
+                    model, piece, changes, [partial(_add, of) for of in sums], stash
+                )
             mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
             predictions += int(mask.sum())
             edge, kept = get_gradient_edge(outputs), [outputs.detach()]
@@ -119,17 +123,22 @@ def _none_yet(changes: Sequence[Changes]) -> list[Sums]:
     return [defaultdict(lambda: [0.0, 0.0]) for _ in changes]
 
 
-def _run(
-    model: Model, batch: Batch, changes: Sequence[Changes], sums: list[Sums], stash: Stash
+def run_meeting(
+    model: Model, batch: Batch, changes: Sequence[Changes], met: Sequence[Met], stash: Stash
 ) -> Tensor:
-    """Run forward; the sums grow when the result is run backward."""
+    """Run forward; when the result is run backward, the gradient meets what each change moves.
+
+    Args:
+        changes: One or several of each weight.
+        met: What is told of each of these sets.
+    """
     samples = len(next(iter(batch.values())))
 
     def visit(call: Call) -> Tensor:
         output = call.run()
         made = [
-            (_Moved(call, own), of)
-            for own, of in zip(changes, sums, strict=True)
+            (_Moved(call, own), tell)
+            for own, tell in zip(changes, met, strict=True)
             if call.name in own
         ]
         if not made:
@@ -143,12 +152,14 @@ def _run(
         moved = [] if later else [one.whole(call.input.detach()) for one, _ in made]
 
         def meet(g: Tensor) -> None:
-            for place, (one, of) in enumerate(made):
+            for place, (one, tell) in enumerate(made):
                 if entered is not None:
                     slopes = one.slopes_by_parts(entered(), g)
                 else:
                     slopes = (moved[place] * g).sum(1 if call.operation == "convolution" else -1)
-                _add(of[call.name.removesuffix(".weight")], slopes, samples)
+                whole = slopes.numel() % samples == 0
+                told = slopes.reshape(samples if whole else slopes.numel(), -1)
+                tell(call.name.removesuffix(".weight"), told)
 
         output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output
@@ -195,8 +206,7 @@ class _Moved:
         return self._call.function(**{**given, "input": x, "weight": change})
 
 
-def _add(total: list[float], slopes: Tensor, samples: int) -> None:
+def _add(sums: Sums, name: str, slopes: Tensor) -> None:
     """Add the squares of g·dW x: of each position, and of each sample's sum."""
-    slopes = slopes.reshape(samples if slopes.numel() % samples == 0 else slopes.numel(), -1)
-    total[0] += float(slopes.double().square().sum())
-    total[1] += float(slopes.double().sum(1).square().sum())
+    sums[name][0] += float(slopes.double().square().sum())
+    sums[name][1] += float(slopes.double().sum(1).square().sum())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attar.report import wording
 from attar.report.html import page_environment
-from attar.report.terminal import heading, plain_table, render
+from attar.report.layout import heading, plain_table, render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -173,6 +173,8 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "truth": None if verdict.truth is None else asdict(verdict.truth),
         "slices": [asdict(one) for one in verdict.slices],
         "checks": [asdict(one) for one in verdict.checks],
+        "responsible": [asdict(one) for one in verdict.responsible],
+        "unattributed": verdict.unattributed,
         "policy": {"name": verdict.policy, "sha256": verdict.policy_sha256},
         "groups": [_group(group) for group in verdict.groups],
         "changed": [asdict(changed) for changed in verdict.changed],

@@ -5,15 +5,15 @@ Every function returns text; the command line writes it. Nothing depends on colo
 
 from __future__ import annotations
 
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attar.report.audit_text import responsible_parts, slice_parts, truth_rows
+from attar.report.layout import facts_table, heading, plain_table, render
 from attar.report.record import (
     clean_text,
     jsonable,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from attar.records import Candidate, Plan, Report, Scores, Unit, Verdict
 
-SLICES_SHOWN = 8
 SHOWN = 8  # units at each end: with the two headings, both ends fit on a screen of 24 lines
 OUTCOME_STYLES = {"passed": "bold green", "failed": "bold red", "undecided": "bold yellow"}
 
@@ -60,7 +59,8 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         heading("audit"),
         table,
         Text(""),
-        *_slice_parts(facts["slices"]),
+        *slice_parts(facts["slices"]),
+        *responsible_parts(facts["responsible"], facts["unattributed"]),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
     ]
@@ -85,51 +85,6 @@ def models_to_text(
         ]
         table.add_row(Text(clean_text(str(row["name"])), "bold"), clean_text("\n".join(lines)))
     return render([table], width, colour)
-
-
-def render(parts: Iterable[RenderableType], width: int, colour: bool) -> str:
-    """Lay out parts at a width; without `colour` the text holds no escape sequence."""
-    console = Console(
-        file=StringIO(),
-        width=width,
-        force_terminal=colour,
-        color_system="standard" if colour else None,
-        highlight=False,
-        markup=False,  # names and texts are not ours: a "[red]" in them is a "[red]"
-        emoji=False,
-        legacy_windows=False,
-    )
-    with console.capture() as capture:
-        console.print(Group(*parts))
-    lines = capture.get().splitlines()
-    return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def heading(title: str) -> Text:
-    """The name of what a table is about."""
-    return Text(clean_text(title), "bold underline")
-
-
-def facts_table() -> Table:
-    """Two columns, what and its value; both wrap inside their own column."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False, expand=False)
-    table.add_column("", min_width=10)
-    table.add_column("", overflow="fold")
-    return table
-
-
-def plain_table(*headers: str, right: Sequence[str] = ()) -> Table:
-    """A table whose columns named in `right` hold numbers; the first column may fold."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    for header in headers:
-        is_number = header in right
-        table.add_column(
-            Text(clean_text(header)),
-            justify="right" if is_number else "left",
-            no_wrap=is_number,
-            overflow="fold",
-        )
-    return table
 
 
 def _report_parts(facts: Mapping[str, Any]) -> list[RenderableType]:
@@ -206,62 +161,7 @@ def _loss_rows(verdict: Mapping[str, Any], noun: str) -> list[tuple[str, str]]:
     )
     judged = f"{plural(verdict['n_predictions'], noun)} of {plural(verdict['n_samples'], 'sample')}"
     rows.append(("judged on", judged))
-    return rows + _truth_rows(verdict["truth"])
-
-
-def _truth_rows(truth: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Against true answers: whether what changed is for the worse."""
-    if truth is None:
-        return []
-    before, after = truth["accuracy_before"], truth["accuracy_after"]
-    negative, positive = truth["negative_flips"], truth["positive_flips"]
-    rows = [
-        (
-            "right answers",
-            f"{percent_text(before['value'])} before, {percent_text(after['value'])} after"
-            f" (95% interval {interval_text(after, percent=True)})",
-        ),
-        (
-            "right, then wrong",
-            f"{percent_text(negative['value'])} (95% interval"
-            f" {interval_text(negative, percent=True)}); the reverse"
-            f" {percent_text(positive['value'])}; p {number_text(truth['p_value'], 2)}",
-        ),
-        (
-            "could have shown",
-            f"a change of {percent_text(truth['smallest_shown'], 2)} of the answers",
-        ),
-    ]
-    if truth["calibration_before"] is not None:
-        errors = [truth[f"calibration_{side}"]["ece"] for side in ("before", "after")]
-        rows.append(
-            (
-                "calibration error",
-                f"{percent_text(errors[0], 2)} before, {percent_text(errors[1], 2)} after",
-            )
-        )
-    return rows
-
-
-def _slice_parts(slices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    """Who lost how much, most first."""
-    if not slices:
-        return []
-    numbers = ("samples", "divergence", "95% interval", "changed", "p worse")
-    table = plain_table("slice", *numbers, right=numbers)
-    for one in slices[:SLICES_SHOWN]:
-        flips = one["flips"]
-        table.add_row(
-            Text(one["label"]),
-            f"{one['n_samples']:,}",
-            number_text(one["divergence"]["value"]),
-            interval_text(one["divergence"]),
-            "" if flips is None else percent_text(flips["value"]),
-            number_text(one["p_worse"], 2),
-        )
-    left = len(slices) - SLICES_SHOWN
-    more = [Text(f"and {left} more in the report")] if left > 0 else []
-    return [table, *more, Text("")]
+    return rows + truth_rows(verdict["truth"])
 
 
 def _continuation_parts(continuations: Sequence[Mapping[str, str]]) -> list[RenderableType]:

@@ -1,0 +1,109 @@
+"""What an audit says beyond the loss itself, for a terminal: better or worse, for whom, by whom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from attar.report.layout import plain_table
+from attar.report.wording import interval_text, number_text, percent_text, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import RenderableType
+
+SHOWN = 8
+
+
+def truth_rows(truth: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Against true answers: whether what changed is for the worse."""
+    if truth is None:
+        return []
+    before, after = truth["accuracy_before"], truth["accuracy_after"]
+    negative, positive = truth["negative_flips"], truth["positive_flips"]
+    rows = [
+        (
+            "right answers",
+            f"{percent_text(before['value'])} before, {percent_text(after['value'])} after"
+            f" (95% interval {interval_text(after, percent=True)})",
+        ),
+        (
+            "right, then wrong",
+            f"{percent_text(negative['value'])} (95% interval"
+            f" {interval_text(negative, percent=True)}); the reverse"
+            f" {percent_text(positive['value'])}; p {number_text(truth['p_value'], 2)}",
+        ),
+        (
+            "could have shown",
+            f"a change of {percent_text(truth['smallest_shown'], 2)} of the answers",
+        ),
+    ]
+    if truth["calibration_before"] is not None:
+        errors = [truth[f"calibration_{side}"]["ece"] for side in ("before", "after")]
+        rows.append(
+            (
+                "calibration error",
+                f"{percent_text(errors[0], 2)} before, {percent_text(errors[1], 2)} after",
+            )
+        )
+    return rows
+
+
+def slice_parts(slices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Who lost how much, most first."""
+    if not slices:
+        return []
+    numbers = ("samples", "divergence", "95% interval", "changed", "p worse")
+    table = plain_table("slice", *numbers, right=numbers)
+    for one in slices[:SHOWN]:
+        flips = one["flips"]
+        table.add_row(
+            Text(one["label"]),
+            f"{one['n_samples']:,}",
+            number_text(one["divergence"]["value"]),
+            interval_text(one["divergence"]),
+            "" if flips is None else percent_text(flips["value"]),
+            number_text(one["p_worse"], 2),
+        )
+    left = len(slices) - SHOWN
+    more = [Text(f"and {left} more in the report")] if left > 0 else []
+    return [table, *more, Text("")]
+
+
+def responsible_parts(
+    units: Sequence[Mapping[str, Any]], unattributed: float | None
+) -> list[RenderableType]:
+    """Which layers lost how much of it, and what a bit more for each would return."""
+    if not units:
+        return []
+    numbers = ("share", "nats", "one bit more", "returns", "measured")
+    table = plain_table("layer", *numbers, right=numbers)
+    for one in units[:SHOWN]:
+        table.add_row(
+            Text(one["unit"]),
+            percent_text(one["share"]),
+            number_text(one["damage"]["value"]),
+            size_text(one["cost_bytes"]),
+            number_text(one["returned"]),
+            "" if one["measured"] is None else number_text(one["measured"]),
+        )
+    left = [Text(f"and {len(units) - SHOWN} more in the report")] if len(units) > SHOWN else []
+    rest = Text(f"{percent_text(unattributed, 2)} of the divergence is in no layer's weights")
+    return [table, *left, rest, *_advice(units), Text("")]
+
+
+def _advice(units: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """The cheapest way back, of those that were tried."""
+    tried = [one for one in units if one["measured"] is not None and one["measured"] > 0]
+    if not tried:
+        return []
+    best = max(tried, key=lambda one: one["measured"] / one["cost_bytes"])
+    whole = sum(one["damage"]["value"] for one in units)
+    return [
+        Text(
+            f"giving {best['unit']} one bit more costs {size_text(best['cost_bytes'])} and returned"
+            f" {percent_text(best['measured'] / whole, 2)} of the damage where it was tried"
+        )
+    ]

@@ -20,7 +20,7 @@ from attar.sites import substituted
 
 # Samples that responsibility is found on, at most; of a language model, sequences.
 SAMPLES, SEQUENCES = 64, 4
-# Units for which what is returned is measured too: those that return most for their bytes.
+# Units for which what is returned is measured too: those that return most.
 TRIED = 5
 # What is left of a unit's error with one bit more.
 LEFT = 0.5
@@ -189,8 +189,8 @@ def _tried(
     now: float,
     found: Sequence[Responsible],
 ) -> list[Responsible]:
-    """Halve the error of those that return most for their bytes, one at a time, and measure."""
-    ranked = sorted(found, key=lambda one: -one.returned / one.cost_bytes)
+    """Halve the error of those that return most, one at a time, and measure."""
+    ranked = sorted(found, key=lambda one: -one.returned)
     measured = {}
     for one in ranked[:TRIED]:
         weight, bias = f"{one.unit}.weight", session.units.named(one.unit).bias

@@ -48,9 +48,13 @@ def role_of(unit: dict[str, Any]) -> str:
     return unit["name"] if place is None else place[2]
 
 
+# What the record calls the treatment of a unit that no plan named.
+UNTOUCHED = "untouched"
+
+
 def draw_network(units: list[dict[str, Any]]) -> dict[str, Any]:
     """Cells with their place, tint and bar; `mode` is "grid", "bars" or "none"."""
-    if not units:
+    if all(unit["worth"] is None and unit["treatment"] == UNTOUCHED for unit in units):
         return {"mode": "none", "scale": None}
     scale = worth_scale([unit["worth"] for unit in units])
     most = max((unit["predicted_damage"] or 0.0 for unit in units), default=0.0)

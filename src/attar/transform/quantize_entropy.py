@@ -63,8 +63,9 @@ LARGEST_CODE = 0.9 * coded.MIDDLE
 TOLERANCE, TRIES = 0.001, 10
 # Tries after which what codes cost along a trellis is left as it is.
 TURNS_TO_SETTLE = 3
-# Turns of a search that only wants the price: the second ends within about a hundredth of a bit.
-TURNS_TO_PRICE = 2
+# Turns of a search that only wants the price, which may end so many bits off: a bit less is twice
+# the step and twice the error, nearly.
+TURNS_TO_PRICE, OFF_TO_PRICE = 3, 0.15
 # Along a trellis codes stand for two steps each, and those that cost less are taken a little more.
 SAVED_ALONG = 0.9
 # Bits, and damage along a trellis over that without one in the same bytes, with feedback.
@@ -192,7 +193,10 @@ class Rounding:
         return self.n_rows * self.weight.shape[1]
 
     def first_step(self, allowed: int) -> float:
-        """Guess the step with which everything takes so many bytes, taking weights as Gaussian."""
+        """Guess the step with which everything takes so many bytes.
+
+        Weights are taken as Gaussian, and then once as they are, each rounded to its nearest code.
+        """
         columns = self.weight.shape[1]
         bits = 8 * (allowed - coded.head_bytes(self.n_rows, columns)) / self.n_weights
         spread = self.power.sqrt() / coded.factor_table()[self.factors.columns.long()]
@@ -200,7 +204,13 @@ class Rounding:
             return 1.0
         mean = float(spread[spread > 0].double().log2().mean())
         saved = SAVED_ALONG if self.along else 0.0
-        return float(2.0 ** (mean + BITS_OF_GAUSSIAN - saved - bits))
+        aim = mean + BITS_OF_GAUSSIAN - saved - bits
+        if self.order is None or self.along:
+            return float(2.0**aim)
+        factors, table = self.factors_at(2.0**aim), coded.factor_table()
+        steps = table[factors.columns.long()] * 2.0**aim
+        needed = self.learn(self._nearest(table[factors.rows.long()], steps))[1]
+        return float(2.0 ** (aim + 8 * (needed - allowed) / self.n_weights))
 
     def codes(
         self, step: float, known: coded.Frequencies | None = None
@@ -376,11 +386,15 @@ def _tried(rounding: Rounding, settings: Sequence[QuantizeEntropy]) -> Iterator[
     """Round to each of these bytes, nearly; a trellis, which takes time, is taken at its word."""
     for how in settings:
         allowed = how.allowed(rounding.n_weights)
-        step = rounding.first_step(allowed)
-        for _ in range(TURNS_TO_PRICE - 1):
-            needed = rounding.learn(rounding.codes(step))[1]
-            step *= 2.0 ** (8 * (needed - allowed) / rounding.n_weights)
-        dense = rounding.made(rounding.codes(step), step).dense()
+        aim, off = math.log2(rounding.first_step(allowed)), 0.0
+        for _ in range(TURNS_TO_PRICE):
+            aim += off
+            codes = rounding.codes(2.0**aim)
+            off = 8 * (rounding.learn(codes)[1] - allowed) / rounding.n_weights
+            if abs(off) < OFF_TO_PRICE:
+                break
+        exact = rounding.weight.float()
+        dense = exact.lerp(rounding.made(codes, 2.0**aim).dense(), 2.0**off)
         if how.trellis:
             left = float(np.interp(how.bits, *LEFT_ALONG))
             dense = torch.lerp(rounding.weight.float(), dense, left**0.5)

@@ -115,8 +115,8 @@ def data_of(subject: Subject, options: Options, folder: Path) -> Apart:
 def measure_points(place: Place, tool: str, settings: Sequence[str]) -> Iterator[Row]:
     """Compress in a process for each setting, and judge what came out."""
     made = make(place, tool, settings)
-    found = judge(place, [facts["weights"] for facts in made])
-    for setting, facts, judged in zip(settings, made, found, strict=True):
+    found = judge(place, [facts["weights"] for facts in made.values()]) if made else []
+    for (setting, facts), judged in zip(made.items(), found, strict=True):
         yield {
             "model": place.name,
             "tool": tool,
@@ -139,17 +139,20 @@ def timed(facts: Mapping[str, Any], options: Options) -> str:
     return ALONE if options.timing else "perhaps beside other work"
 
 
-def make(place: Place, tool: str, settings: Sequence[str]) -> list[dict[str, Any]]:
-    """Where the weights of each setting lie, their bytes, and what it took."""
+def make(place: Place, tool: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Where the weights of each setting lie, their bytes, and what it took.
+
+    A setting that a peer cannot do is said and left out; the others are measured.
+    """
     outs = {setting: place.folder / f"out-{n}" for n, setting in enumerate(settings)}
     for out in outs.values():
         shutil.rmtree(out, ignore_errors=True)
     if not tool.startswith(ATTAR):
-        return [run_peer(place, tool, setting, out) for setting, out in outs.items()]
+        return dict(one for one in (try_peer(place, tool, *pair) for pair in outs.items()) if one)
     form = "attar" if tool == ATTAR else "gguf"
     if len(outs) > 1:
         return run_attar_at_once(place, outs, form)
-    return [run_attar(place, setting, out, form) for setting, out in outs.items()]
+    return {setting: run_attar(place, setting, out, form) for setting, out in outs.items()}
 
 
 def run_attar(place: Place, setting: str, out: Path, form: str) -> dict[str, Any]:
@@ -166,19 +169,21 @@ def run_attar(place: Place, setting: str, out: Path, form: str) -> dict[str, Any
     }
 
 
-def run_attar_at_once(place: Place, outs: Mapping[str, Path], form: str) -> list[dict[str, Any]]:
+def run_attar_at_once(
+    place: Place, outs: Mapping[str, Path], form: str
+) -> dict[str, dict[str, Any]]:
     """Compress to several sizes with one pricing pass, which is shared, not repeated."""
     typed = {"model": place.subject.model, **typed_for(place, form)}
     sizes = {str(out): size_of(place, setting) for setting, out in outs.items()}
     python(OWN, [json.dumps(typed), json.dumps(sizes)], place.folder / "own.log")
-    return [
-        {
+    return {
+        setting: {
             **written(place, out),
             **json.loads((out / "report" / "facts.json").read_text("utf-8")),
             "alone": False,
         }
-        for out in outs.values()
-    ]
+        for setting, out in outs.items()
+    }
 
 
 def typed_for(place: Place, form: str) -> dict[str, str]:
@@ -216,6 +221,15 @@ def job_of(place: Place) -> Path:
     if not job.exists():
         python(JUDGE, ["--job", str(job), place.facts], place.folder / "job.log")
     return job
+
+
+def try_peer(place: Place, tool: str, setting: str, out: Path) -> tuple[str, dict[str, Any]] | None:
+    """Run a setting of a peer; where it fails, say so and give nothing."""
+    try:
+        return setting, run_peer(place, tool, setting, out)
+    except SystemExit as failed:
+        print(f"{place.name}: {tool} cannot do {setting!r}:\n{failed}", flush=True)
+        return None
 
 
 def run_peer(place: Place, tool: str, setting: str, out: Path) -> dict[str, Any]:

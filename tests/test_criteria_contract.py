@@ -19,6 +19,7 @@ ALL = pytest.mark.parametrize("name", CRITERIA)
 MODELS = pytest.mark.parametrize("kind", ["classify", "language", "convolution"])
 # In the folder, but no criterion: they gather what criteria read.
 HELPERS = {"statistics", "gatherer", "moments", "probe", "sampling", "activation_price"}
+HELPERS |= {"attribution"}
 
 
 def _session(model, inputs, *, task=None):

@@ -24,6 +24,9 @@ from attar.records import Activation, Unit
 
 # ONNX's numbers of types.
 FLOAT, UINT8, INT32, UINT4, INT4 = 1, 2, 6, 21, 22
+# Weights that meet integers have 8 bits and no sign: with signed ones, onnxruntime adds two
+# products in 16 bits on processors without VNNI, and large sums are cut off.
+INTEGER_BITS, MIDDLE = 8, 128
 LARGEST_BIAS = 2.0**31 - 1
 _UNKNOWN = "leave --to out: Attar's own folder holds any model."
 
@@ -111,10 +114,8 @@ class Writer:
         if codes not in self._made:
             self._node("DynamicQuantizeLinear", [x], codes, scale_of_x, zero)
         kind = {"MatMul": "MatMulInteger", "Conv": "ConvInteger"}[node.op_type]
-        # onnxruntime's ConvInteger knows unsigned weights only.
-        signed = kind == "MatMulInteger"
-        weight = self._codes(stored, is_columns, signed=signed)
-        middle = self._tensor(f"{name}/middle", np.array(0 if signed else 128, _type(signed)))
+        weight = self._codes(stored, is_columns, signed=False)
+        middle = self._tensor(f"{name}/middle", np.array(MIDDLE, np.uint8))
         attributes = {one.name: one for one in node.attribute}
         self._node(kind, [codes, weight, zero, middle], f"{y}/sum")
         self._graph.node[-1].attribute.extend(attributes.values())
@@ -158,9 +159,10 @@ class Writer:
         axis = int(is_columns) if per_row else int(not is_columns)
         scale = weight.scale.flatten() if per_row else weight.scale
         scale = scale.T if is_columns and not per_row else scale
-        codes = self._codes(stored, is_columns, signed=weight.symmetric)
+        signed = weight.symmetric and (stored.input is None or weight.bits < INTEGER_BITS)
+        codes = self._codes(stored, is_columns, signed=signed)
         inputs = [codes, self._half(f"{name}/scale", scale)]
-        if not weight.symmetric:
+        if not signed:
             zeros = weight.zero_point.flatten() if per_row else weight.zero_point
             zeros = zeros.T if is_columns and not per_row else zeros
             inputs.append(self._integers(f"{name}/zero", zeros, weight.bits, signed=False))

@@ -393,9 +393,6 @@ def _tried(rounding: Rounding, settings: Sequence[QuantizeEntropy]) -> Iterator[
             off = 8 * (rounding.learn(codes)[1] - allowed) / rounding.n_weights
             if abs(off) < OFF_TO_PRICE:
                 break
-        exact = rounding.weight.float()
-        dense = exact.lerp(rounding.made(codes, 2.0**aim).dense(), 2.0**off)
-        if how.trellis:
-            left = float(np.interp(how.bits, *LEFT_ALONG))
-            dense = torch.lerp(rounding.weight.float(), dense, left**0.5)
-        yield Replacement({}, dense)
+        left = float(np.interp(how.bits, *LEFT_ALONG)) if how.trellis else 1.0
+        made = rounding.made(codes, 2.0**aim).dense()
+        yield Replacement({}, torch.lerp(rounding.weight.float(), made, left**0.5 * 2.0**off))

@@ -250,7 +250,9 @@ def run_peer(place: Place, tool: str, setting: str, out: Path) -> dict[str, Any]
 def judge(place: Place, weights: Sequence[str]) -> list[dict[str, Any]]:
     typed = ["--judge", json.dumps(weights), place.facts]
     done = python(JUDGE, typed, place.folder / "judge.log")
-    return [json.loads(line) for line in done.output.splitlines()[-len(weights) :]]
+    # Libraries print notes of their own, before, between and after.
+    found = [line for line in done.output.splitlines() if line.startswith('{"divergence')]
+    return [json.loads(line) for line in found[-len(weights) :]]
 
 
 def python(script: Path, arguments: Sequence[str], log: Path) -> Finished:

@@ -166,5 +166,24 @@ def test_what_is_predicted_to_be_returned_ranks_as_what_is_measured(monkeypatch)
 
 def test_models_that_do_not_differ_or_do_not_match_are_refused():
     session = classifier_session()
+    other = replace(session.model, module=nn.Module())
+    with pytest.raises(DataError, match="no layer of the compressed model has the name"):
+        with_attribution(session, other, judge_models(session, session.model))
     with pytest.raises(DataError, match="no layer"):
         with_attribution(session, spoilt(session, {}), judge_models(session, session.model))
+
+
+def test_weights_without_a_counterpart_are_named():
+    session = classifier_session()
+    other = spoilt(session, {unit.name: 0.1 for unit in session.units})
+    first, *_ = session.units
+    parent = other.module.get_submodule(first.name.rpartition(".")[0])
+    linear = parent.get_submodule(first.name.rpartition(".")[2])
+    linear.weight = nn.Parameter(torch.zeros(first.rows + 1, first.columns))
+    told = []
+    progress = Silent()
+    progress.note = told.append
+    session = replace(session, progress=progress)
+    verdict = with_attribution(session, other, judge_models(session, session.model))
+    assert first.name not in {one.unit for one in verdict.responsible}
+    assert any(f"{first.name}.weight" in line for line in told)

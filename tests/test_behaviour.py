@@ -3,19 +3,15 @@
 import numpy as np
 import pytest
 import torch
-import toys
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
+from test_fidelity import compared
 from torch import nn
 
 from attar.audit.behaviour import against_truth, by_slice, with_calibration
-from attar.audit.fidelity import TEMPERATURES, measure
+from attar.audit.fidelity import TEMPERATURES
 from attar.audit.verdict import judge
-from attar.divergence import Divergence
 from attar.errors import DataError
-from attar.records import Silent
-
-CATEGORICAL = Divergence("categorical")
 
 
 class Given(nn.Module):
@@ -39,15 +35,7 @@ def inputs(n, seed=0, classes=4):
 
 def found(one, other, x, answers=(), per_batch=7):
     batches = [{"inputs": x[at : at + per_batch]} for at in range(0, len(x), per_batch)]
-    model = toys.toy("classify", one, examples=batches[0])
-    return measure(
-        model,
-        lambda batch: model.task.forward(other, batch),
-        batches,
-        CATEGORICAL,
-        progress=Silent(),
-        answers=answers,
-    )
+    return compared("classify", one, other, batches, answers=answers, closely=True)
 
 
 def test_flips_are_split_by_the_true_answer():
@@ -131,6 +119,15 @@ def test_the_slice_that_is_spoilt_comes_first_and_no_other_is_worse():
     assert worst.smallest_shown > 0
 
 
+def test_what_is_not_looked_at_closely_costs_no_temperatures_and_says_so():
+    x = inputs(9)
+    measured = compared("classify", Given(), Given(0.5), [{"inputs": x}], answers=[0] * 9)
+    truth = with_calibration(against_truth(measured, 0), measured)
+    assert truth.calibration_before is None and len(measured.jensen_shannon) == 0
+    right = (x[:, 1:].argmax(1) == 0).double().mean()
+    assert truth.accuracy_before.value == pytest.approx(float(right))
+
+
 def test_one_label_for_all_is_no_slice():
     x = inputs(9)
     measured = found(Given(), Given(0.5), x)
@@ -173,10 +170,7 @@ def test_tokens_of_a_text_count_as_one_sample_in_the_test():
             return torch.where(rows, logits, 8 * torch.eye(9).roll(1, 1)[tokens])
 
     tokens = torch.stack([(torch.arange(30) + start) % 9 for start in range(4)])
-    model = toys.toy("language", Follows(0), examples={"tokens": tokens[:1]})
-    other = Follows(3)
-    measured = measure(model, lambda batch: model.task.forward(other, batch), [{"tokens": tokens}],
-                       CATEGORICAL, progress=Silent())  # fmt: skip
+    measured = compared("language", Follows(0), Follows(3), [{"tokens": tokens}])
     truth = against_truth(measured, 0)
     assert truth.accuracy_before.value == 1.0
     assert truth.negative_flips.value == pytest.approx(0.25)

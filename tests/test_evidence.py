@@ -108,8 +108,17 @@ def test_signing_again_with_another_key_shows_in_the_fingerprint(tmp_path):
         verify(file, fingerprint(KEY))
 
 
-def test_evidence_that_is_signed_and_no_evidence_is_refused(tmp_path):
-    text = b"[1, 2]"
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[1, 2]",
+        b'{"files": {}}',
+        b'{"files": {}, "format": "attar evidence", "model": {"name": "a"}}',
+        b'{"files": {}, "format": "attar evidence", "model": 1, "verdict": 2}',
+        b'{"files": {}, "format": "other", "model": {}, "verdict": {}}',
+    ],
+)
+def test_what_is_signed_and_no_evidence_is_refused(tmp_path, text):
     files = {
         "evidence.json": text,
         "signature": KEY.sign(text),

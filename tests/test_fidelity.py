@@ -24,7 +24,7 @@ def classifier(seed=0):
     return nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
 
 
-def compared(task, one, other, batches, divergence=CATEGORICAL):
+def compared(task, one, other, batches, divergence=CATEGORICAL, **more):
     model = toys.toy(task, one, examples=batches[0])
     return measure(
         model,
@@ -32,6 +32,7 @@ def compared(task, one, other, batches, divergence=CATEGORICAL):
         batches,
         divergence,
         progress=Silent(),
+        **more,
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from attar.audit.fidelity import bootstrap, measure
+from attar.audit.fidelity import Measured, bootstrap, measure
 from attar.errors import DataError
 from attar.explain.attribution import shares_of, slopes_at
 from attar.explain.probe import Changes, probe
@@ -25,6 +25,7 @@ TRIED = 5
 # What is left of a unit's error with one bit more.
 LEFT = 0.5
 BITS_PER_BYTE = 8
+LEAVE_OUT = "leave --attribute out; it follows weights of the same names and shapes."
 
 
 def with_attribution(session: Session, other: Model, verdict: Verdict) -> Verdict:
@@ -34,16 +35,20 @@ def with_attribution(session: Session, other: Model, verdict: Verdict) -> Verdic
         DataError: No unit of the original has a counterpart of the same shape that differs.
     """
     with session.timed("attribute"):
+        _check_alike(session, other)
         changes = _changes(session, _folded(other))
         batches = _batches(session)
         shares = shares_of(
             session.model, changes, batches, session.divergence, progress=session.progress
         )
-        now = _divergence(session, changes, batches)
-        predictions = _predictions(session, batches)
-        returned = _returned(session, changes, batches, sum(predictions))
+        there = _measured(session, changes, batches)
+        now, counts = (
+            there.mean_divergence,
+            np.bincount(there.sample, minlength=_n_samples(batches)),
+        )
+        returned = _returned(session, changes, batches, int(counts.sum()))
         found = [
-            _responsible(session, session.units.named(name), own, predictions, now, returned[name])
+            _responsible(session, session.units.named(name), own, counts, now, returned[name])
             for name, own in shares.items()
         ]
         found = _tried(session, changes, batches, now, found)
@@ -55,8 +60,17 @@ def with_attribution(session: Session, other: Model, verdict: Verdict) -> Verdic
     )
 
 
+def _check_alike(session: Session, other: Model) -> None:
+    """Refuse a model that has no weights by the names of the original's, such as a graph."""
+    theirs = {name for name, _ in other.module.named_parameters()}
+    if not any(f"{unit.name}.weight" in theirs for unit in session.units):
+        raise DataError(
+            "no layer of the compressed model has the name of one of the original.", hint=LEAVE_OUT
+        )
+
+
 def _folded(other: Model) -> nn.Module:
-    """The other with its norms folded as the original's are; its own weights where none can be."""
+    """The other with its norms folded as the original's are."""
     return fold_batch_norm(other.module, other.examples, other.task.forward)[0]
 
 
@@ -66,16 +80,24 @@ def _changes(session: Session, other: nn.Module) -> Changes:
     names = [f"{unit.name}.weight" for unit in session.units]
     names += [unit.bias for unit in session.units if unit.bias]
     changes: dict[str, Callable[[], Tensor]] = {}
+    apart = []
     for name in names:
         own = session.model.module.get_parameter(name)
-        if name in theirs and theirs[name].shape == own.shape:
-            change = partial(_change, session, name, theirs[name])
-            if bool(change().any()):
-                changes[name] = change
+        if name not in theirs or theirs[name].shape != own.shape:
+            apart.append(name)
+            continue
+        change = partial(_change, session, name, theirs[name])
+        if bool(change().any()):
+            changes[name] = change
     if not any(name.endswith(".weight") for name in changes):
         raise DataError(
             "no layer of the compressed model has a counterpart in the original that differs.",
-            hint="leave --attribute out; it follows weights of the same names and shapes.",
+            hint=LEAVE_OUT,
+        )
+    if apart:
+        session.progress.note(
+            f"{len(apart)} weights, such as {apart[0]}, have no counterpart of their shape: what "
+            "they changed is not attributed."
         )
     return changes
 
@@ -96,31 +118,21 @@ def _batches(session: Session) -> Sequence[Batch]:
     return chosen
 
 
-def _predictions(session: Session, batches: Sequence[Batch]) -> list[int]:
-    """How many each sample has."""
-    counts: list[int] = []
-    for batch in batches:
-        if "mask" in batch:
-            counts += batch["mask"].sum(1).tolist()
-        else:
-            with torch.no_grad():
-                shape = session.model.task.forward(session.model.module, batch).shape
-            counts += [shape[1]] * shape[0]
-    return counts
+def _n_samples(batches: Sequence[Batch]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
-def _divergence(session: Session, changes: Changes, batches: Sequence[Batch]) -> float:
-    """Of the model with these changes made."""
+def _measured(session: Session, changes: Changes, batches: Sequence[Batch]) -> Measured:
+    """Compare the model with these changes made."""
     model, weights = session.model, _weights(session, changes)
 
     def changed(batch: Batch) -> Tensor:
         with substituted(model.module, weights):
             return model.task.forward(model.module, batch)
 
-    found = measure(
+    return measure(
         model, changed, batches, session.divergence, progress=session.progress, stage="measure"
     )
-    return found.mean_divergence
 
 
 def _weights(session: Session, changes: Changes) -> Changes:
@@ -164,15 +176,18 @@ def _responsible(
     session: Session,
     unit: Unit,
     own: Tensor,
-    predictions: Sequence[int],
+    counts: np.ndarray,
     now: float,
     returned: float,
 ) -> Responsible:
-    """Resampled over samples, each with its mean over its predictions."""
-    counts = torch.tensor(predictions, dtype=torch.float64)
-    per_prediction = (own / counts.mean()).numpy()
-    place = torch.arange(len(predictions)).numpy()
-    damage = bootstrap(per_prediction, place, seed=session.recipe.seed)
+    """Resampled over samples.
+
+    Args:
+        own: The unit's share of each sample's divergence, summed over its predictions.
+        counts: Predictions of each sample.
+    """
+    per_prediction = own.numpy() / counts.mean()
+    damage = bootstrap(per_prediction, np.arange(len(counts)), seed=session.recipe.seed)
     return Responsible(
         unit=unit.name,
         damage=damage,
@@ -198,7 +213,7 @@ def _tried(
             name: partial(_half, change) if name in (weight, bias) else change
             for name, change in changes.items()
         }
-        measured[one.unit] = now - _divergence(session, halved, batches)
+        measured[one.unit] = now - _measured(session, halved, batches).mean_divergence
     return [replace(one, measured=measured.get(one.unit)) for one in found]
 
 

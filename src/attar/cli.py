@@ -18,7 +18,7 @@ import typer
 
 from attar.cli_audit import audit_command
 from attar.command_output import (
-    check_json,
+    check_file,
     check_one_of,
     exit_code,
     fail,
@@ -222,7 +222,7 @@ def explain(
     from attar.report.terminal import scores_to_text
 
     check_criterion(criterion)
-    check_json(json_file)
+    check_file(json_file)
     with open_progress() as progress:
         scores, statistics, session = pipeline.explain(recipe, progress=progress)
     chosen = {criterion: scores[criterion]}
@@ -257,7 +257,7 @@ def run(
     from attar import serving
     from attar.session import open_model
 
-    check_json(json_file)
+    check_file(json_file)
     recipe = Recipe(model=model, factory=factory, task=task, accept_licence=accept_licence)
     with open_progress() as progress, progress.stage(f"load {model}", 0):
         opened = open_model(recipe)

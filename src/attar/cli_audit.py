@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from attar.command_output import (
-    check_json,
+    check_file,
     exit_code,
     recipe_of,
     screen,
@@ -76,7 +76,7 @@ def audit_command(
     if original == "verify":
         return _verify(Path(compressed), signer)
     _check_evidence(evidence, sign)
-    from attar import pipeline, serving
+    from attar import judging, pipeline, serving
     from attar.report.html import write_report
     from attar.report.junit import report_to_junit
     from attar.report.record import jsonable, verdict_to_json
@@ -84,17 +84,18 @@ def audit_command(
 
     first = recipe_of({**locals(), "model": original, "factory": None})
     second = Recipe(model=compressed, factory=factory, task=task, accept_licence=accept_licence)
-    check_json(json_file)
-    check_json(junit)
+    for file in (json_file, junit):
+        check_file(file)
+    limits = None if policy is None else judging.open_policy(policy)
     with open_progress() as progress:
-        found = pipeline.audit(first, second, policy=policy, attribute=attribute, progress=progress)
+        found = pipeline.audit(first, second, policy=limits, attribute=attribute, progress=progress)
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
     if junit is not None:
         write_bytes(junit, report_to_junit(found).encode())
     if evidence is not None and sign is not None:
-        write_bytes(evidence, serving.evidence(found, policy, sign))
+        write_bytes(evidence, serving.evidence(found, limits, sign))
     if report is not None:
         show(f"report  {write_report(found, report)[0]}")
     return exit_code(found.verdict)
@@ -106,7 +107,7 @@ def _check_evidence(evidence: Path | None, sign: Path | None) -> None:
 
     if (evidence is None) != (sign is None):
         raise typer.BadParameter("--evidence FILE and --sign KEY go together")
-    check_json(evidence)
+    check_file(evidence)
     if sign is not None:
         read_key(sign)
 

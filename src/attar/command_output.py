@@ -22,7 +22,7 @@ WRONG = 2  # exit code of a mistake in what was typed or given
 NARROWEST, WIDEST = 60, 120  # columns a table still reads well in
 
 
-def check_json(path: Path | None) -> None:
+def check_file(path: Path | None) -> None:
     """Refuse a file of facts that cannot be written, before long work."""
     from attar.export.text_file import check_new_file
 

@@ -185,6 +185,7 @@ def _measure(session: Session, module: nn.Module) -> Measured:
         session.divergence,
         progress=session.progress,
         answers=session.data.answers,
+        closely=True,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from attar import attributing, decide, equalising, judging, serving, writing
-from attar.audit.policy import with_policy
+from attar.audit.policy import Policy, with_policy
 from attar.explain import CRITERIA
 from attar.export import attar_folder
 from attar.memory import peak_bytes
@@ -246,23 +246,22 @@ def audit(
     original: Recipe,
     compressed: Recipe,
     *,
-    policy: Path | None = None,
+    policy: Policy | None = None,
     attribute: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compare any two models that answer the same question, on the first one's audit data.
 
     Args:
-        policy: File of limits that the verdict is held to beside its own rule.
+        policy: Limits that the verdict is held to beside its own rule, from `judging.open_policy`.
         attribute: Whether to say which units' changes are responsible for what was lost.
     """
-    limits = None if policy is None else judging.open_policy(policy)
     session = open_recipe(original, progress)
     other = open_model(compressed)
     verdict = judging.judge_models(session, other)
     if attribute:
         verdict = attributing.with_attribution(session, other, verdict)
     report = serving.audit_report(session, other, verdict, Path(compressed.model))
-    if limits is None:
+    if policy is None:
         return report
-    return replace(report, verdict=with_policy(verdict, limits, report.bytes_after))
+    return replace(report, verdict=with_policy(verdict, policy, report.bytes_after))

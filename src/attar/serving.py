@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from attar.audit.evidence import bundle, read_key
+from attar.audit.policy import Policy
 from attar.errors import DataError, ModelError
 from attar.export.run import classify_pictures, continue_text, embed_texts, transcribe
 from attar.inputs import PICTURE_SUFFIXES
@@ -257,7 +258,7 @@ def _of_both(session: Session, other: Model, folder: Path | None) -> dict[str, A
     }
 
 
-def evidence(report: Report, policy: Path | None, key: Path) -> bytes:
+def evidence(report: Report, policy: Policy | None, key: Path) -> bytes:
     """Sign what an audit found; see `audit.evidence`.
 
     Args:
@@ -266,8 +267,7 @@ def evidence(report: Report, policy: Path | None, key: Path) -> bytes:
     """
     facts = report_to_json(report)
     chosen = {name: facts[name] for name in ("model", "size", "verdict", "provenance")}
-    said = None if policy is None else policy.read_bytes()
-    return bundle(chosen, said, read_key(key))
+    return bundle(chosen, None if policy is None else policy.text, read_key(key))
 
 
 def _weigh(model: Model, folder: Path | None) -> int:

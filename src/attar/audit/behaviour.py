@@ -52,8 +52,10 @@ def against_truth(measured: Measured, seed: int, chosen: np.ndarray | None = Non
     )
 
 
-def with_calibration(truth: Truth, measured: Measured) -> Truth:
-    """Add how far confidence is from being right, of both models."""
+def with_calibration(truth: Truth | None, measured: Measured) -> Truth | None:
+    """Add how far confidence is from being right, of both models, where that was looked at."""
+    if truth is None or not len(measured.tempered_before):
+        return truth
     at = measured.surprise_at
     sides = {}
     for name in ("before", "after"):

@@ -35,6 +35,12 @@ LARGEST_FILE_BYTES = 64 * 2**20
 # ZIP knows no time before this; the same evidence gives the same bytes.
 NO_TIME = (1980, 1, 1, 0, 0, 0)
 INSTALL = "pip install 'attar[evidence]'"
+FORMAT = "attar evidence"
+# Facts that whoever reads evidence looks for.
+FACTS = ("model", "verdict")
+SIGNED_APART = frozenset({EVIDENCE, SIGNATURE, PUBLIC_KEY})
+# A password and an unknown packing are a RuntimeError and its NotImplementedError.
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def bundle(facts: Mapping[str, Any], policy: bytes | None, key: Ed25519PrivateKe
     """
     files = {} if policy is None else {POLICY: policy}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    whole = {"format": "attar evidence", "format_version": 1, **facts, "files": hashes}
+    whole = {"format": FORMAT, "format_version": 1, **facts, "files": hashes}
     evidence = json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True).encode()
     files |= {EVIDENCE: evidence, SIGNATURE: key.sign(evidence)}
     files[PUBLIC_KEY] = key.public_key().public_bytes_raw()
@@ -103,7 +109,7 @@ def verify(path: Path, signer: str | None) -> Checked:
 
     _, ed25519 = _library()
     files = _unpacked(path)
-    missing = {EVIDENCE, SIGNATURE, PUBLIC_KEY} - files.keys()
+    missing = SIGNED_APART - files.keys()
     if missing:
         raise _refused(path, f"holds no {', '.join(sorted(missing))}")
     evidence = files[EVIDENCE]
@@ -112,20 +118,17 @@ def verify(path: Path, signer: str | None) -> Checked:
         public.verify(files[SIGNATURE], evidence)
         facts = json.loads(evidence)
         expected = dict(facts["files"])
+        if facts["format"] != FORMAT or not all(isinstance(facts[name], dict) for name in FACTS):
+            raise ValueError("signed, and something else than evidence")
     except (InvalidSignature, ValueError, KeyError, TypeError, RecursionError) as fault:
         raise _refused(path, "is not what was signed") from fault
-    held = {name: hashlib.sha256(files[name]).hexdigest() for name in files.keys() - _SIGNED_APART}
+    held = {name: hashlib.sha256(files[name]).hexdigest() for name in files.keys() - SIGNED_APART}
     if held != expected:
         raise _refused(path, "holds other files than were signed")
     fingerprint = hashlib.sha256(files[PUBLIC_KEY]).hexdigest()
     if signer is not None and signer.lower().replace(":", "") != fingerprint:
         raise _refused(path, f"was signed by {fingerprint}")
     return Checked(facts, fingerprint)
-
-
-_SIGNED_APART = frozenset({EVIDENCE, SIGNATURE, PUBLIC_KEY})
-# A password and an unknown packing are a RuntimeError and its NotImplementedError.
-_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)
 
 
 def _unpacked(path: Path) -> dict[str, bytes]:
@@ -137,7 +140,7 @@ def _unpacked(path: Path) -> dict[str, bytes]:
             if len({one.filename for one in found}) < len(found):
                 raise _refused(path, "holds two files of one name")
             return {one.filename: archive.read(one) for one in found}
-    except _UNREADABLE as fault:
+    except UNREADABLE as fault:
         raise _refused(path, "cannot be read as a ZIP file") from fault
 
 

@@ -47,7 +47,8 @@ class Measured:
         blind_divergence: Mean nats lost by a model that answers the same whatever the input:
             the scale on which a divergence is large or small.
         entropy: Mean entropy of the original's answers, nats.
-        jensen_shannon: Nats between each model and the mean of both; empty for gaussian.
+        jensen_shannon: Nats between each model and the mean of both; empty for gaussian, and where
+            it was not looked at closely.
         tempered_before: Of some of the predictions with a true answer: surprise at each of
             TEMPERATURES, the probability of the most likely answer, and whether it is right (the
             same at each), `predictions temperatures 3`.
@@ -89,17 +90,15 @@ def measure(
     progress: Progress,
     stage: str = "audit",
     answers: Sequence[int] = (),
+    closely: bool = False,
 ) -> Measured:
     """Compare the two on every prediction of `batches`.
 
     Args:
         answers: True class of each sample, -1 where it is not known; or empty.
+        closely: Also Jensen and Shannon's divergence, and other temperatures: for a report.
     """
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    starts = [0, *accumulate(sizes)][: len(sizes)]
-    n_predictions = sum(
-        int(b["mask"].sum()) if "mask" in b else n for b, n in zip(batches, sizes, strict=True)
-    )
+    starts = list(accumulate((_samples(batch) for batch in batches), initial=0))[:-1]
 
     def compare(number: int) -> tuple[list[dict[str, np.ndarray]], _Blind]:
         blind, batch = _Blind(divergence), batches[number]
@@ -107,31 +106,45 @@ def measure(
             before = model.task.forward(model.module, batch)
             after = compressed(batch)
             truth = _true_answers(model, batch, before, answers[starts[number] :])
-            some = _tempered_step(n_predictions, before)
-            return list(_compare(batch, before, after, truth, divergence, blind, some)), blind
+            every = _tried_every(batches, before) if closely else 0
+            return list(_compare(batch, before, after, truth, divergence, blind, every)), blind
 
-    parts: list[dict[str, np.ndarray]] = []
-    blind, n_before = _Blind(divergence), 0
+    blind, parts = _Blind(divergence), []
     with progress.stage(stage, len(batches)) as advance:
-        for first, (found, seen) in zip(
-            starts, in_order(compare, range(len(batches))), strict=True
-        ):
-            for part in found:
-                part["sample"] += first
-                part["surprise_sample"] += first
-                part["surprise_at"] += n_before
-                n_before += len(part["sample"])
-            parts += found
+        for found, seen in in_order(compare, range(len(batches))):
+            parts.append(found)
             blind.join(seen)
             advance(1)
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Measured(**joined, blind_divergence=blind.mean(), entropy=blind.entropy())
+    return Measured(
+        **_joined(starts, parts), blind_divergence=blind.mean(), entropy=blind.entropy()
+    )
 
 
-def _tempered_step(n_predictions: int, outputs: Tensor) -> int:
-    """Of every so many predictions one is tried at all temperatures."""
-    most = max(TEMPERED_AT_LEAST, TEMPERED_NUMBERS // outputs.shape[-1])
-    return -(-n_predictions * outputs.shape[1] // most)
+def _samples(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _joined(
+    starts: Sequence[int], parts: Sequence[Sequence[dict[str, np.ndarray]]]
+) -> dict[str, np.ndarray]:
+    """Put the parts of all batches together, samples and predictions counted on."""
+    n_before, flat = 0, []
+    for first, found in zip(starts, parts, strict=True):
+        for part in found:
+            part["sample"] += first
+            part["surprise_sample"] += first
+            part["surprise_at"] += n_before
+            n_before += len(part["sample"])
+            flat.append(part)
+    return {name: np.concatenate([part[name] for part in flat]) for name in flat[0]}
+
+
+def _tried_every(batches: Sequence[Batch], outputs: Tensor) -> int:
+    """Of how many predictions one is tried at all temperatures."""
+    n = sum(
+        int(b["mask"].sum()) if "mask" in b else _samples(b) * outputs.shape[1] for b in batches
+    )
+    return -(-n // max(TEMPERED_AT_LEAST, TEMPERED_NUMBERS // outputs.shape[-1]))
 
 
 def _compare(
@@ -141,9 +154,13 @@ def _compare(
     truth: Tensor,
     divergence: Divergence,
     blind: _Blind,
-    step: int,
+    every: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Compare one batch, a few rows at a time."""
+    """Compare one batch, a few rows at a time.
+
+    Args:
+        every: See `_tried_every`; 0 for what is cheap alone.
+    """
     mask = batch.get("mask", torch.ones(before.shape[:2], dtype=torch.bool))
     for rows in torch.split(mask.nonzero(), ROWS_AT_ONCE):
         sample, position = rows.unbind(1)
@@ -156,51 +173,52 @@ def _compare(
             "cosine": torch.cosine_similarity(p, q, dim=-1).double().numpy(),
         }
         if divergence.family == "categorical":
-            yield (
-                found | _answers(p, q) | _against_truth(p, q, truth[sample, position], sample, step)
-            )
+            logs = p.log_softmax(-1), q.log_softmax(-1)
+            found |= _answers(logs, closely=every > 0)
+            yield found | _against_truth(logs, truth[sample, position], sample, every)
         else:
             yield found | _no_answers(len(p))
 
 
-def _answers(p: Tensor, q: Tensor) -> dict[str, np.ndarray]:
+def _answers(logs: tuple[Tensor, Tensor], *, closely: bool) -> dict[str, np.ndarray]:
     """What both answer, and how far apart that is."""
-    logs = [p.log_softmax(-1), q.log_softmax(-1)]
     best = [log.max(-1) for log in logs]
-    middle = torch.logaddexp(*logs) - math.log(2)
-    apart = sum((log.exp() * (log - middle)).sum(-1) for log in logs)
+    apart = torch.zeros(0)
+    if closely:
+        middle = torch.logaddexp(*logs) - math.log(2)
+        apart = 0.5 * torch.stack([(log.exp() * (log - middle)).sum(-1) for log in logs]).sum(0)
     return {
         "answer_before": best[0].indices.numpy(),
         "answer_after": best[1].indices.numpy(),
         "probability_before": best[0].values.exp().numpy(),
         "probability_after": best[1].values.exp().numpy(),
-        "jensen_shannon": (0.5 * torch.as_tensor(apart)).double().numpy(),
+        "jensen_shannon": apart.double().numpy(),
     }
 
 
 def _against_truth(
-    p: Tensor, q: Tensor, truth: Tensor, sample: Tensor, step: int
+    logs: tuple[Tensor, Tensor], truth: Tensor, sample: Tensor, every: int
 ) -> dict[str, np.ndarray]:
     """How both answer where the true answer is known."""
     kept = (truth >= 0).nonzero().flatten()
     true, found = truth[kept], {"truth": truth[kept].numpy()}
-    for name, outputs in (("before", p[kept]), ("after", q[kept])):
-        log = outputs.log_softmax(-1)
+    some = slice(None, None, every) if every else slice(0)
+    for name, log in zip(("before", "after"), (log[kept] for log in logs), strict=True):
         own = log.gather(-1, true[:, None])[:, 0]
         found[f"surprise_{name}"] = -own.double().numpy()
         found[f"brier_{name}"] = (log.exp().square().sum(-1) - 2 * own.exp() + 1).double().numpy()
-        some = slice(None, None, step)
-        found[f"tempered_{name}"] = _tempered(outputs[some], true[some])
+        found[f"tempered_{name}"] = _tempered(log[some], true[some])
     found["surprise_sample"] = sample[kept].numpy().copy()
     found["surprise_at"] = kept.numpy().copy()
     return found
 
 
-def _tempered(outputs: Tensor, truth: Tensor) -> np.ndarray:
-    right = (outputs.argmax(-1) == truth).double()
-    found = torch.zeros(len(outputs), len(TEMPERATURES), 3, dtype=torch.float64)
+def _tempered(logs: Tensor, truth: Tensor) -> np.ndarray:
+    """Surprise, confidence and being right at each temperature, see `Measured`."""
+    right = (logs.argmax(-1) == truth).double()
+    found = torch.zeros(len(logs), len(TEMPERATURES), 3, dtype=torch.float64)
     for place, temperature in enumerate(TEMPERATURES):
-        log = (outputs / temperature).log_softmax(-1)
+        log = (logs / temperature).log_softmax(-1)
         found[:, place, 0] = -log.gather(-1, truth[:, None])[:, 0].double()
         found[:, place, 1] = log.amax(-1).exp().double()
         found[:, place, 2] = right

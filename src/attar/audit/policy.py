@@ -76,6 +76,7 @@ class Policy:
         sha256: Of what it says, however it is laid out.
         limits: Of the whole: name to the most it may be.
         slices: Of every slice.
+        text: The file as it was read.
         size: Bytes of every file that the compressed model needs; None for no limit.
     """
 
@@ -83,6 +84,7 @@ class Policy:
     sha256: str
     limits: Mapping[str, float]
     slices: Mapping[str, float]
+    text: bytes
     size: int | None = None
 
 
@@ -93,7 +95,8 @@ def read_policy(path: Path, parse_size: Callable[[str], int]) -> Policy:
         SettingError: No such file, no YAML, an unknown name, or a limit that is no number.
     """
     try:
-        said = yaml.safe_load(path.read_text("utf-8"))
+        content = path.read_bytes()
+        said = yaml.safe_load(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as fault:
         line = " ".join(str(fault).split())
         raise SettingError(
@@ -114,7 +117,8 @@ def read_policy(path: Path, parse_size: Callable[[str], int]) -> Policy:
     inside = _limits(slices, tuple(SLICE_LIMITS), path)
     size = parse_size(str(said[SIZE])) if SIZE in said else None
     text = json.dumps({"limits": limits, ANY_SLICE: inside, SIZE: size}, sort_keys=True)
-    return Policy(path.name, hashlib.sha256(text.encode()).hexdigest(), limits, inside, size)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Policy(path.name, sha256, limits, inside, content, size)
 
 
 def _limits(said: Mapping[Any, Any], known: tuple[str, ...], path: Path) -> dict[str, float]:

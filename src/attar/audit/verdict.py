@@ -40,20 +40,7 @@ def judge(
     if not np.isfinite(measured.divergence).all():
         return _broken(measured, predicted_damage)
     divergence = bootstrap(measured.divergence, measured.sample, seed=seed)
-    flips = apart = None
-    if family == "categorical":
-        if len(measured.jensen_shannon):
-            apart = bootstrap(measured.jensen_shannon, measured.sample, seed=seed)
-        changed = (measured.answer_before != measured.answer_after).astype(float)
-        flips = bootstrap(changed, measured.sample, seed=seed)
-    ratio = None
-    truth = against_truth(measured, seed)
-    if len(measured.surprise_before) and not labelled:
-        worse = measured.surprise_after - measured.surprise_before
-        ratio = bootstrap(worse, measured.surprise_sample, seed=seed, of=np.exp)
-    cosine = None
-    if family == "gaussian":
-        cosine = bootstrap(measured.cosine, measured.sample, seed=seed)
+    flips = _flips(measured, seed) if family == "categorical" else None
     outcome, reasons, checks = _apply_rule(divergence, measured.blind_divergence, flips)
     return Verdict(
         outcome=outcome,
@@ -65,19 +52,36 @@ def judge(
         divergence_median=float(np.median(measured.divergence)),
         predicted_damage=predicted_damage,
         flips=flips,
-        perplexity_ratio=ratio,
-        cosine=cosine,
+        perplexity_ratio=None if labelled else _perplexity_ratio(measured, seed),
+        cosine=_mean(measured.cosine, measured, seed) if family == "gaussian" else None,
         original_entropy=measured.entropy if family == "categorical" else None,
         divergence_p95=float(np.quantile(measured.divergence, 0.95)),
-        jensen_shannon=apart,
-        truth=None if truth is None else with_calibration(truth, measured),
+        jensen_shannon=_mean(measured.jensen_shannon, measured, seed),
+        truth=with_calibration(against_truth(measured, seed), measured),
         slices=by_slice(measured, slices, family=family, seed=seed),
         checks=checks,
     )
 
 
+def _mean(values: np.ndarray, measured: Measured, seed: int) -> Estimate | None:
+    """Of a number for each prediction; None where there are none."""
+    return bootstrap(values, measured.sample, seed=seed) if len(values) else None
+
+
+def _flips(measured: Measured, seed: int) -> Estimate | None:
+    return _mean((measured.answer_before != measured.answer_after).astype(float), measured, seed)
+
+
+def _perplexity_ratio(measured: Measured, seed: int) -> Estimate | None:
+    if not len(measured.surprise_before):
+        return None
+    worse = measured.surprise_after - measured.surprise_before
+    return bootstrap(worse, measured.surprise_sample, seed=seed, of=np.exp)
+
+
 def _broken(measured: Measured, predicted_damage: float) -> Verdict:
-    bad = int(np.argmin(np.isfinite(measured.divergence)))
+    finite = np.isfinite(measured.divergence)
+    bad, n_bad = int(np.argmin(finite)), float((~finite).sum())
     place = f"sample {measured.sample[bad]}, position {measured.position[bad]}"
     nothing = Estimate(float("inf"), float("inf"), float("inf"))
     return Verdict(
@@ -93,7 +97,7 @@ def _broken(measured: Measured, predicted_damage: float) -> Verdict:
         perplexity_ratio=None,
         cosine=None,
         original_entropy=None,
-        checks=(Check("answers are numbers", None, 0.0, "failed"),),
+        checks=(check("answers that are no numbers", Estimate(n_bad, n_bad, n_bad), 0.0),),
     )
 
 

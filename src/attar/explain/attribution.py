@@ -30,6 +30,7 @@ from torch.autograd.graph import get_gradient_edge
 from attar.disk import Stash, lies_on_disk
 from attar.divergence import Divergence
 from attar.explain.probe import Changes, run_meeting
+from attar.explain.sampling import of_predictions
 from attar.explain.statistics import pieces
 from attar.memory import release
 from attar.parallel import in_order
@@ -39,8 +40,6 @@ from attar.sites import substituted
 # Points of the path; exact where the divergence is a polynomial of degree six along it. Kinks, as
 # of ReLU, leave an error of a percent or so.
 POINTS = 3
-# Rows of a gradient made at once: each takes a few times the width of an answer.
-ROWS_AT_ONCE = 128
 
 PerSample = dict[str, Tensor]
 """Unit name to nats of each sample, summed over its predictions."""
@@ -129,15 +128,7 @@ def _slopes(
     mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
     edge, after = get_gradient_edge(outputs), outputs.detach()
     del outputs
-    torch.autograd.backward(edge, _gradient(divergence, before, after, mask))
+    gradient = of_predictions(after, mask, lambda at: divergence.slope(before[at], after[at]))
+    torch.autograd.backward(edge, gradient)
     stash.close()
     return sums
-
-
-def _gradient(divergence: Divergence, before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Of the divergence, at the outputs of the changed model; 0 where there is no prediction."""
-    gradient = torch.zeros_like(after)
-    for where in torch.split(mask.nonzero(), ROWS_AT_ONCE):
-        chosen = where.unbind(1)
-        gradient[chosen] = divergence.slope(before[chosen], after[chosen])
-    return gradient

@@ -80,14 +80,12 @@ def probe(
 
     def price_batch(number: int) -> tuple[list[Sums], int]:
         generator = torch.Generator().manual_seed(seed * len(batches) + number)
-        sums = _none_yet(changes)
-        predictions = 0
+        sums, predictions = _none_yet(changes), 0
+        met = [partial(_add, of) for of in sums]
         for piece, _ in pieces(batches[number], (), model):
             stash = Stash(on_disk=lies_on_disk(model.module))
             with substituted(model.module, weights or {}):
-                outputs = run_meeting(
-                    model, piece, changes, [partial(_add, of) for of in sums], stash
-                )
+                outputs = run_meeting(model, piece, changes, met, stash)
             mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
             predictions += int(mask.sum())
             edge, kept = get_gradient_edge(outputs), [outputs.detach()]
@@ -157,9 +155,7 @@ def run_meeting(
                     slopes = one.slopes_by_parts(entered(), g)
                 else:
                     slopes = (moved[place] * g).sum(1 if call.operation == "convolution" else -1)
-                whole = slopes.numel() % samples == 0
-                told = slopes.reshape(samples if whole else slopes.numel(), -1)
-                tell(call.name.removesuffix(".weight"), told)
+                tell(call.name.removesuffix(".weight"), _by_sample(slopes, samples))
 
         output.register_hook(meet)  # type: ignore[no-untyped-call]
         return output
@@ -170,6 +166,11 @@ def run_meeting(
     }
     with torch.enable_grad(), stash.of_autograd(), watched(model.module, visit):
         return model.task.forward(model.module, ready)
+
+
+def _by_sample(slopes: Tensor, samples: int) -> Tensor:
+    """As `samples positions`; what all samples share is a sample each."""
+    return slopes.reshape(samples if slopes.numel() % samples == 0 else slopes.numel(), -1)
 
 
 class _Moved:

@@ -31,11 +31,24 @@ def drawn_gradient(
         outputs: `samples predictions width`, without a graph.
         mask: Which of them are predictions; the gradient is 0 elsewhere.
     """
-    gradient = torch.zeros_like(outputs)
+    return of_predictions(
+        outputs, mask, lambda at: divergence.sampled_gradient(outputs[at], generator)
+    )
+
+
+def of_predictions(
+    outputs: Tensor, mask: Tensor, make: Callable[[tuple[Tensor, ...]], Tensor]
+) -> Tensor:
+    """Fill the shape of the outputs, 0 where there is no prediction, a few predictions at a time.
+
+    Args:
+        make: Places of some predictions to what stands there, `predictions width`.
+    """
+    filled = torch.zeros_like(outputs)
     for where in torch.split(mask.nonzero(), PREDICTIONS_AT_ONCE):
-        chosen = where.unbind(1)
-        gradient[chosen] = divergence.sampled_gradient(outputs[chosen], generator)
-    return gradient
+        at = where.unbind(1)
+        filled[at] = make(at)
+    return filled
 
 
 def go_back(

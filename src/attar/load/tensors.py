@@ -59,17 +59,12 @@ def tensor_splits(
             hint="give more samples; each is used in one split only",
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    splits = [
-        tuple(
-            Sample(
-                {name: array[order[one]] for name, array in inputs.items()},
-                labels[order[one]],
-                answer=answers[order[one]],
-            )
-            for one in chosen
-        )
-        for chosen in deal_evenly(total, counts or PARTS)
+    samples = [
+        Sample({name: array[one] for name, array in inputs.items()}, labels[one], "", answers[one])
+        for one in order
     ]
+    dealt = deal_evenly(total, counts or PARTS)
+    splits = [tuple(samples[place] for place in chosen) for chosen in dealt]
     return Splits((splits[0], splits[1], splits[2]), f"arrays from {source}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attar.equalise import FOLDS
+from attar.equalise.learn import Learned
 from attar.explain import CRITERIA
 from attar.export import FORMATS
 from attar.plan import DECIDERS
@@ -32,9 +33,10 @@ def methods_page() -> str:
     )
     parts += _section(
         "Changes of channels",
-        "What `--equalise auto` may do before rounding, without changing an answer (`equalise/`).",
+        "What `--equalise auto` may do before rounding, without changing an answer (`equalise/`); "
+        "`learn` is what `--equalise learned` does after that.",
         "equalise",
-        FOLDS,
+        {**FOLDS, "learn": Learned},
     )
     parts += _section(
         "Criteria", "What a unit is worth (`explain/`). Higher = keep.", "explain", CRITERIA

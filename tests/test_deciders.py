@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import pstdev
@@ -16,12 +17,14 @@ from torch import nn
 
 import attar
 from attar import decide, plan, trials
+from attar.activations import roundings
 from attar.divergence import Divergence
 from attar.errors import SettingError
 from attar.load.model import load_model
 from attar.plan import (
     DECIDERS,
     boosting,
+    decide_granularity,
     decide_lrp,
     decide_mixdq,
     decide_ohq,
@@ -30,6 +33,7 @@ from attar.plan import (
 )
 from attar.plan.solve import weight_bytes
 from attar.records import (
+    Activation,
     Candidate,
     Cost,
     Curvature,
@@ -42,7 +46,8 @@ from attar.records import (
     Units,
 )
 from attar.session import open_session
-from attar.transform.apply import materialise
+from attar.sites import substituted
+from attar.transform.apply import build_transform, materialise
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 ALL = pytest.mark.parametrize("name", DECIDERS)
@@ -70,7 +75,7 @@ def toy_question(content, quality, limit=None, seconds=None, widths=WIDTHS, seed
     even = sum(4 * u.n_weights // 8 for u in units)
     return Question(
         candidates, limit or even, Units(tuple(units), ()), statistics_of({}), seed, trial,
-        seconds or (lambda c: 1.0),
+        seconds or (lambda c: 1.0), lambda name: torch.ones(1, 100),
     )  # fmt: skip
 
 
@@ -355,6 +360,111 @@ def test_lrp_loses_less_than_one_width_for_all_on_a_vision_transformer():
     inputs = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     lost, even = lost_by("lrp", Ranked(), inputs, "9kB", 100)
     assert lost < 0.2 * even
+
+
+# --- granularity: LLaMA3-70B's mixed W8A8
+
+
+def test_outliers_of_a_weight_are_those_of_its_rows():
+    weight = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 4.0], [0.0] * 4])
+    assert decide_granularity.outliers(weight) == pytest.approx((1.0 + 4.0) / 2)
+    assert decide_granularity.outliers(torch.zeros(2, 3)) == 0.0
+
+
+def test_few_weights_are_vulnerable_and_only_where_they_stand_out():
+    draws = torch.Generator().manual_seed(0)
+    weights = {f"u{i}": torch.randn(16, 64, generator=draws) for i in range(40)}
+    assert decide_granularity.vulnerable(weights) == []
+    weights["u3"][:, 5] *= 60
+    weights["u9"][:, 7] *= 90
+    weights["u11"][:, 7] *= 20
+    assert decide_granularity.vulnerable(weights) == ["u9", "u3"]  # 3% of 40, rounded up
+
+
+def test_granularity_takes_the_widest_width_that_fits_and_finer_groups_while_they_do():
+    units = [Unit(f"u{i}", "linear", (8, 128), ("linear",)) for i in range(3)]
+    candidates = {
+        u.name: [
+            Candidate(u.name, *t, build_transform(*t).cost(u), 0.0)
+            for t in decide_granularity.menu(u, build_transform)
+        ]
+        for u in units
+    }
+    weights = {
+        u.name: torch.randn(8, 128, generator=torch.Generator().manual_seed(0)) for u in units
+    }
+    weights["u1"][:, 0] = 70.0
+    asked = replace(toy_question([], []), candidates=candidates, weight=weights.__getitem__)
+
+    def settings_within(limit):
+        found = decide_granularity.decide(replace(asked, limit=limit))
+        assert weight_bytes(found) <= limit
+        return [(c.settings["bits"], c.settings["group_size"]) for c in found.values()]
+
+    coarse = 3 * (8 * 128 + 2 * 8)
+    assert settings_within(10**6) == [(8, 0), (8, 32), (8, 0)]
+    assert settings_within(coarse) == [(8, 0)] * 3
+    assert settings_within(coarse - 1) == [(6, 0), (6, 32), (6, 0)]
+
+
+class Outlying(nn.Module):
+    """Nine maps, one of which reads small channels through large columns, as LLaMA3-70B does."""
+
+    def __init__(self, width=256):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gain = nn.Parameter(torch.ones(width))
+        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
+        self.head = nn.Linear(width, 5)
+        with torch.no_grad():
+            self.gain[:2] /= 300
+            self.maps[0].weight[:, :2] *= 300
+            self.head.weight *= 8
+
+    def forward(self, x):
+        x = x * self.gain
+        for one in self.maps:
+            x = torch.relu(one(x)) * 2
+        return self.head(x)
+
+
+def test_finer_groups_for_one_weight_recover_eight_bits_without_calibration():
+    """Its works_when."""
+    inputs = torch.randn(120, 256, generator=torch.Generator().manual_seed(1))
+    model = load_model(Outlying(), examples={"inputs": inputs[:2]}, task="classify")
+    session = open_session(
+        Recipe("toy", task="classify", size="90%", decide="granularity"),
+        model,
+        Silent(),
+        {"inputs": inputs},
+    )
+    found = decide.plan(
+        session, decide.price(session, s := decide.explain(session)), s
+    ).plan.choices
+    fine = [name for name, c in found.items() if c.settings["group_size"] != 0]
+    assert fine == ["maps.0"] and {c.settings["bits"] for c in found.values()} == {8}
+
+    around = roundings({n: replace(c, input=Activation()) for n, c in found.items()})
+
+    def lost(choices):
+        made = {
+            f"{n}.weight": build_transform(c.treatment, c.settings)
+            .apply(session.weight(session.units.named(n)), None)
+            .dense
+            for n, c in choices.items()
+        }
+        with substituted(
+            model.module, {n: partial(lambda w: w, w) for n, w in made.items()}, around
+        ):
+            after = model.module(inputs)
+        return float(session.divergence.between(model.module(inputs), after).mean())
+
+    with torch.no_grad():
+        by_activations, mixed = lost({}), lost(found)
+        per_row = lost(
+            {n: replace(c, settings={**c.settings, "group_size": 0}) for n, c in found.items()}
+        )
+    assert mixed - by_activations < 0.25 * (per_row - by_activations)
 
 
 # --- Quantune

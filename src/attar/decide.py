@@ -13,6 +13,7 @@ from attar.audit.fidelity import measure
 from attar.errors import BudgetError
 from attar.explain.gatherer import ALL
 from attar.explain.statistics import of_unit
+from attar.plan import MENUS
 from attar.plan import candidates as menus
 from attar.plan.frontier import corrected, spread_sizes
 from attar.plan.solve import weight_bytes
@@ -116,6 +117,8 @@ def menu(session: Session, unit: Unit, *, integers: bool = False) -> Sequence[me
         return menus.llama_menu(unit, build_transform)
     if session.recipe.to == "onnx":
         return menus.onnx_menu(unit, in_integers=integers)
+    if session.recipe.decide in MENUS:
+        return MENUS[session.recipe.decide](unit, build_transform)
     # A picture has one prediction, and a sentence: too few to learn from what a row is worth.
     return menus.menu(unit, build_transform, by_worth=session.predicts_everywhere)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attar import decide, pricing, writing
+from attar import decide, learning, pricing, writing
 from attar.equalise import FOLDS
 from attar.equalise.facts import (
     ChangedCurvatures,
@@ -157,6 +157,8 @@ def equalise(session: Session, statistics: Statistics) -> tuple[Session, Statist
         work = open_work(session, statistics)
         reference = _reference(session)
         done = [*_turn_stream(work, reference), *_change_links(work, reference)]
+        if session.recipe.equalise == "learned":
+            done += _learn(work, reference)
     notes = (*session.notes, *_notes(work.found, done))
     return _after(session, before, tuple(done), notes), work.statistics
 
@@ -164,6 +166,7 @@ def equalise(session: Session, statistics: Statistics) -> tuple[Session, Statist
 def _after(
     session: Session, before: str, done: tuple[Equalised, ...], notes: tuple[str, ...]
 ) -> Session:
+    writing.weights_changed(session)
     return replace(session, equalised=done, notes=notes, original_sha256=before)
 
 
@@ -184,8 +187,13 @@ def follow(
         for step in _first(work, planned):
             work.fold(*step)
         # Each was chosen as if it were the only one, so all are worked out before any is folded.
-        for step in [_step(work, one) for one in planned if one.link != "stream"]:
+        alone = [one for one in planned if one.link not in ("stream", learning.LINKS)]
+        for step in [_step(work, one) for one in alone]:
             work.fold(*step)
+        for one in planned:
+            if one.link == learning.LINKS:
+                for step in learning.learn_again(session, work.found.links, work.units, one):
+                    work.fold(*step)
     return _after(session, before, tuple(planned), session.notes), work.statistics
 
 
@@ -295,6 +303,16 @@ def _turn_stream(work: Work, reference: Mapping[str, tuple[str, Transform]]) -> 
         yield Equalised("stream", *best[0], before, best[2])
 
 
+def _learn(work: Work, reference: Mapping[str, tuple[str, Transform]]) -> Iterator[Equalised]:
+    """Learn all scales together, and fold them where held-out data loses less."""
+    bits = learning.whole_bits((work.units[w], of[1]) for w, of in reference.items())
+    done, steps = learning.learn_scales(work.session, work.found.links, work.units, bits)
+    if done.damage_after <= (1 - LEAST_SAVED) * done.damage_before:
+        for step in steps:
+            work.fold(*step)
+        yield done
+
+
 class _Prices:
     """Prices of the reference rounding of some units, with changes made and without."""
 
@@ -359,7 +377,14 @@ def _notes(found: Found, done: Sequence[Equalised]) -> Iterator[str]:
                 f"equalised: {method} on {len(own)} link(s) such as {own[0].link}; the price of "
                 f"what they touch fell from {before:.3g} to {after:.3g} nats."
             )
-    unpaid = len(found.links) - sum(one.link != "stream" for one in done)
+    for one in done:
+        if one.link == learning.LINKS:
+            yield (
+                f"equalised: scales of {len(found.links)} link(s) learned with "
+                f"{one.settings['bits']} bits; held-out data lost {one.damage_before:.3g} nats "
+                f"before, {one.damage_after:.3g} after."
+            )
+    unpaid = len(found.links) - sum(one.method in FOLDS and one.link != "stream" for one in done)
     if unpaid:
         yield f"equalised: nothing pays on {unpaid} link(s)."
     reasons: dict[str, list[str]] = {}

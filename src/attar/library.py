@@ -185,7 +185,8 @@ def plan(
         size: "60MB", "64MiB", "25%" or "3.1bits".
         keep: Names of units, or patterns with `*`, that stay in 16 bits.
         decide_by: "price", or the way of a paper: a name in `attar.plan.DECIDERS`.
-        equalise: "auto" changes channels before rounding where that pays.
+        equalise: "auto" changes channels before rounding where that pays; "learned" also learns
+            their scales end to end.
 
     Raises:
         BudgetError: The size cannot be read, or cannot be reached.

@@ -95,7 +95,8 @@ Decide = Annotated[
 Equalise = Annotated[
     str,
     typer.Option(
-        metavar="HOW", help="none, or auto: change channels before rounding where it pays."
+        metavar="HOW",
+        help="none, auto: change channels before rounding if it pays, or learned: by gradient too.",
     ),
 ]
 Biases = Annotated[

@@ -452,6 +452,7 @@ class Question:
         limit: Bytes of all units' tensors together.
         trial: Makes these choices, leaves all other units original, and measures.
         seconds: How long what a candidate stores takes to become a weight again on this machine.
+        weight: A unit's weight by its name, `rows columns`.
     """
 
     candidates: Mapping[str, Sequence[Candidate]]
@@ -461,6 +462,7 @@ class Question:
     seed: int
     trial: Callable[[Mapping[str, Candidate]], Trial]
     seconds: Callable[[Candidate], float]
+    weight: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -496,7 +498,8 @@ class Recipe:
         decide: How candidates are chosen: a name in `plan.DECIDERS`.
         workers: How many to start, or the address of a Ray to join; "" for threads of this process.
             What is computed does not depend on it.
-        equalise: Changes of channels before rounding: "none", or "auto" for those that pay.
+        equalise: Changes of channels before rounding: "none", "auto" for those that pay, or
+            "learned": their scales are learned end to end as well.
         biases: "kept", or "moved" to take up the mean error that rounding their layer makes. What
             equalises by shifts needs the means that are gathered for it.
     """
@@ -529,8 +532,9 @@ class Equalised:
     """A change of channels that was folded into the weights before they were rounded.
 
     Attributes:
-        link: Name of what writes the channels; "stream" for the residual stream.
-        method: Name in `equalise.FOLDS`.
+        link: Name of what writes the channels; "stream" for the residual stream, "all" for all
+            links together.
+        method: Name in `equalise.FOLDS`, or "learned".
         settings: Arguments of that method.
         damage_before: Price of the reference rounding of the link's units without it, nats.
         damage_after: And with it.

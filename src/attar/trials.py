@@ -65,7 +65,8 @@ class Trials:
         Raises:
             SettingError: The form has fusion groups, of which only "price" knows.
         """
-        recipe, groups = self.session.recipe, self._groups(candidates)
+        session = self.session
+        recipe, groups = session.recipe, self._groups(candidates)
         if groups and recipe.decide != "price":
             raise SettingError(
                 f"{recipe.to} reads {', '.join(groups[0])} as one, and {recipe.decide} decides "
@@ -75,18 +76,19 @@ class Trials:
         asked = Question(
             candidates=fuse(candidates, groups),
             limit=limit,
-            units=self.session.units,
+            units=session.units,
             statistics=self.statistics,
             seed=recipe.seed,
             trial=self.trial,
             seconds=self.seconds,
+            weight=lambda name: session.weight(session.units.named(name)),
         )
-        with self.session.timed("decide"):
+        with session.timed("decide"):
             chosen = expand(DECIDERS[recipe.decide](asked), candidates, groups)
         fused = {name for group in groups for name in group}
         free = {name: choice for name, choice in chosen.items() if name not in fused}
         left = limit - weight_bytes(chosen)
-        return {**chosen, **refine(free, self.session.units, left, build_transform)}
+        return {**chosen, **refine(free, session.units, left, build_transform)}
 
     def smallest(self, candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]:
         """Take the fewest bytes for every unit, or group of them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attar.errors import PlanError, SettingError
 from attar.export import attar_folder, gguf_model, onnx_model
-from attar.export.onnx_graph import FloatGraph, float_graph
+from attar.export.onnx_graph import FloatGraph, float_graph, forget
 from attar.export.onnx_graph import readers as readers_of
 from attar.export.onnx_nodes import Codes, Stored
 from attar.load.folder import VERSION
@@ -43,7 +43,7 @@ BYTES_PER_NODES = 700
 # What an option that names a way may be.
 CHOICES: Mapping[str, Sequence[str]] = {
     "to": ("attar", "gguf", "onnx"),
-    "equalise": ("none", "auto"),
+    "equalise": ("none", "auto", "learned"),
     "activations": ("none", "static", "dynamic"),
     "biases": ("kept", "moved"),
 }
@@ -135,6 +135,11 @@ def _stored(treated: Treated) -> gguf_model.Stored:
 def _graph(session: Session) -> FloatGraph:
     model = session.model
     return float_graph(model.module, model.examples, session.units, model.task.name)
+
+
+def weights_changed(session: Session) -> None:
+    """Keep nothing that was made from the weights of a session's module as they were."""
+    forget(session.model.module)
 
 
 def readers(session: Session) -> dict[str, frozenset[str] | None]:

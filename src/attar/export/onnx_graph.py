@@ -86,6 +86,11 @@ def float_graph(module: nn.Module, examples: Batch, units: Units, task: str) -> 
     return _made[module]
 
 
+def forget(module: nn.Module) -> None:
+    """Write a module down afresh next time: its weights are others by now."""
+    _made.pop(module, None)
+
+
 def export_floats(module: nn.Module, examples: Batch, task: str) -> Any:
     """Let torch write the graph; the number of samples is left open."""
     free = torch.export.Dim.DYNAMIC

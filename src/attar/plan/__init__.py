@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from attar.plan import (
+    decide_granularity,
     decide_lrp,
     decide_mixdq,
     decide_ohq,
@@ -10,7 +11,8 @@ from attar.plan import (
     decide_qbert,
     decide_quantune,
 )
-from attar.records import Candidate, Question
+from attar.plan.candidates import Build, Treatment
+from attar.records import Candidate, Question, Unit
 
 Decider = Callable[[Question], dict[str, Candidate]]
 
@@ -20,5 +22,11 @@ DECIDERS: dict[str, Decider] = {
     "mixdq": decide_mixdq.decide,
     "qbert": decide_qbert.decide,
     "lrp": decide_lrp.decide,
+    "granularity": decide_granularity.decide,
     "quantune": decide_quantune.decide,
 }
+
+MENUS: dict[str, Callable[[Unit, Build], list[Treatment]]] = {
+    "granularity": decide_granularity.menu,
+}
+"""Deciders that choose among treatments of their own, in the form that can hold any."""

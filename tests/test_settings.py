@@ -3,7 +3,7 @@ import math
 import pytest
 
 from attar.errors import SettingError
-from attar.transform.settings import (
+from attar.settings import (
     WIDTHS,
     WIDTHS_AND_FLOAT,
     check_choice,

@@ -370,10 +370,9 @@ def _measured(session: Session, decided: Decided, correction: float) -> Round:
 
     with session.timed("measure"):
         measured = session.finished.once(f"damage of {_written(decided.plan.choices)}", damage)
-    predicted = decided.plan.predicted_damage
     return Round(
-        predicted_damage=predicted,
-        corrected_damage=predicted * correction,
+        predicted_damage=decided.plan.predicted_damage,
+        corrected_damage=decided.plan.predicted_damage * correction,
         measured_damage=measured,
         weight_bytes=decided.plan.weight_bytes,
     )

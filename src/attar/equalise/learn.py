@@ -35,8 +35,8 @@ from attar.errors import SettingError
 from attar.links import Change, Link, folded, scaling
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress, Unit
+from attar.settings import WIDTHS, check_choice, check_group_size
 from attar.sites import Call, Roundings, substituted, watched
-from attar.transform.settings import WIDTHS, check_choice, check_group_size
 
 TINY = 1e-30
 ACTIVATIONS = ("none", "static", "dynamic")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attar.errors import SettingError
 from attar.records import Cost, Replacement, RowWeights, Unit
+from attar.settings import check_choice, check_flag
 from attar.transform.groups import row_chunks, take_stored
-from attar.transform.settings import check_choice, check_flag
 
 # Largest rounding error, as a fraction of the largest weight. float16 errs by 2**-11 of each weight
 # and bfloat16 by 2**-9, so only weights too small for float16 come near it.

@@ -28,10 +28,11 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
+from attar import settings
 from attar.kernels import bitpack
 from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import groups, settings
+from attar.transform import groups
 from attar.transform.quantize_feedback import round_turns, turns
 
 # An exponent as stored: with this added, as in float32; 0 is the size 0, that of a group of zeros.

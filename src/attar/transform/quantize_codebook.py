@@ -25,11 +25,12 @@ import torch
 from jaxtyping import Float, Float16, Float32, Float64
 from torch import Tensor
 
+from attar import settings
 from attar.errors import SettingError
 from attar.kernels import bitpack
 from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import groups, settings
+from attar.transform import groups
 from attar.transform.quantize_feedback import round_turns, turns
 
 FLOAT_BYTES = 2

@@ -41,11 +41,12 @@ import torch
 from jaxtyping import Float, Float64, Int16
 from torch import Tensor
 
+from attar import settings
 from attar.errors import SettingError
 from attar.kernels import trellis
 from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import coded, groups, settings
+from attar.transform import coded, groups
 from attar.transform.quantize_feedback import (
     Order,
     Turn,

@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 
+from attar import settings
 from attar.kernels.feedback import Grid, round_both
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import groups, settings
+from attar.transform import groups
 
 # Added to C's diagonal, as a share of its mean: directions that the calibration data never showed.
 # With 4k tokens of a language model, what held-out tokens lose is least at 0.03 to 0.1.

@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attar import settings
 from attar.errors import SettingError
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import groups, settings
+from attar.transform import groups
 from attar.transform.quantize_feedback import QuantizeFeedback
 
 FLOAT_BYTES = 2

@@ -24,9 +24,10 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
+from attar import settings
 from attar.kernels.feedback import Grid
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import groups, settings
+from attar.transform import groups
 from attar.transform.keep_float import to_float
 from attar.transform.quantize_feedback import QuantizeFeedback, round_turns, turns
 

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attar.records import Cost, Replacement, RowWeights, Unit
+from attar.settings import WIDTHS, check_choice, check_flag, check_group_size
 from attar.transform import groups
-from attar.transform.settings import WIDTHS, check_choice, check_flag, check_group_size
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from attar.kernels import bitpack
 from attar.records import Cost, Replacement, RowWeights, Unit
+from attar.settings import WIDTHS_AND_FLOAT, check_choice, check_group_size
 from attar.transform import groups, kept
-from attar.transform.settings import WIDTHS_AND_FLOAT, check_choice, check_group_size
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from attar.kernels import bitpack
 from attar.records import Cost, Replacement, RowWeights, Unit
-from attar.transform import groups, kept
-from attar.transform.settings import (
+from attar.settings import (
     WIDTHS_AND_FLOAT,
     check_choice,
     check_fraction,
     check_group_size,
 )
+from attar.transform import groups, kept
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checks of a transform's settings, when they are built: plans are edited by hand."""
+"""Checks of a method's settings, when it is built: plans are edited by hand."""
 
 from typing import Any
 

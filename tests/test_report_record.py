@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from report_cases import CASES, HOSTILE, efficientnet, failed, hostile, smollm2
 
+from attar.report.html import report_to_html
 from attar.report.record import clean_text, jsonable, report_to_json, treatment_label
+from attar.report.terminal import report_to_text
 from attar.report.wording import (
     duration_text,
     number_text,
@@ -186,3 +188,17 @@ def test_growth_is_not_called_smaller():
     assert times_text(269, 56) == "4.8x smaller"
     assert times_text(50, 60) == "1.2x larger"
     assert times_text(0, 60) == "not comparable"
+
+
+@pytest.mark.parametrize(
+    ("times", "agrees"), [(1.4, True), (1 / 1.4, True), (1.6, False), (1 / 1.6, False), (0.0, None)]
+)
+def test_a_prediction_that_is_far_off_is_said_to_be_wherever_it_is_shown(times, agrees):
+    report = smollm2()
+    measured = report.verdict.divergence.value
+    verdict = replace(report.verdict, predicted_damage=times * measured)
+    report = replace(report, verdict=verdict)
+    assert report_to_json(report)["verdict"]["prediction_agrees"] is agrees
+    for shown in (report_to_text(report), report_to_html(report)):
+        said = " ".join(shown.split())
+        assert ("prediction and measurement disagree" in said) == (agrees is False)

@@ -186,6 +186,8 @@ class Units:
 
 # Share of its square by which the mean of what enters a weight may be another one on other data.
 MEAN_HEDGE = 0.25
+# A prediction agrees with what was measured within this factor either way.
+AGREES_WITHIN = 1.5
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,20 @@ from attar.plan.planfile import (
     recipe_to_dict,
     rounded,
 )
-from attar.records import Candidate, Cost, Equalised, Frontier, FrontierPoint, Recipe, Unit, Units
+from attar.records import (
+    AGREES_WITHIN,
+    Candidate,
+    Cost,
+    Equalised,
+    Frontier,
+    FrontierPoint,
+    Recipe,
+    Unit,
+    Units,
+)
 
 VERSION = 1
 FRONTIER_FILE = "frontier.json"
-# Corrections of neighbours that were measured may differ by this factor; where they differ by
-# more, what lies between them could be off by as much, and is marked.
-SURE_WITHIN = 1.5
 LARGEST_FILE_BYTES = 1 << 28
 _HINT = "make one with: attar plan MODEL --frontier DIR"
 
@@ -70,11 +77,11 @@ def _corrected(point: FrontierPoint, known: Sequence[tuple[float, float]]) -> Fr
         ratio, far_apart = known[0][1], place < known[0][0]
     elif known and place >= known[-1][0]:
         ratio = known[-1][1]
-        far_apart = place > known[-1][0] and abs(ratio) > math.log(SURE_WITHIN)
+        far_apart = place > known[-1][0] and abs(ratio) > math.log(AGREES_WITHIN)
     for (left, one), (right, two) in pairwise(known):
         if left <= place <= right:
             share = (place - left) / (right - left)
-            ratio, far_apart = one + share * (two - one), abs(two - one) > math.log(SURE_WITHIN)
+            ratio, far_apart = one + share * (two - one), abs(two - one) > math.log(AGREES_WITHIN)
     return replace(
         point,
         corrected_damage=point.predicted_damage * math.exp(ratio),

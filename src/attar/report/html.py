@@ -148,6 +148,7 @@ def _behaviour_figures(verdict: dict[str, Any], noun: str) -> list[dict[str, str
 def _prediction_figure(verdict: dict[str, Any]) -> dict[str, str]:
     ratio = verdict["predicted_over_measured"]
     share = "" if ratio is None else f" Predicted over measured: {wording.number_text(ratio, 2)}."
+    share += f" Here {wording.DISAGREES}." if verdict["prediction_agrees"] is False else ""
     return _figure(
         "Predicted damage",
         wording.nats_text(verdict["predicted_damage"]),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from attar.records import AGREES_WITHIN
 from attar.report.wording import size_text, times_text
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
     """The verdict; `predicted_over_measured` is 1 where the prediction was right."""
     measured = verdict.divergence.value
     entropy = verdict.original_entropy
+    ratio = _ratio(verdict.predicted_damage, measured)
     return {
         "outcome": verdict.outcome,
         "reasons": list(verdict.reasons),
@@ -161,7 +163,8 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "divergence_p99": verdict.divergence_p99,
         "jensen_shannon": _estimate(verdict.jensen_shannon),
         "predicted_damage": verdict.predicted_damage,
-        "predicted_over_measured": _ratio(verdict.predicted_damage, measured),
+        "predicted_over_measured": ratio,
+        "prediction_agrees": None if not ratio else abs(math.log(ratio)) <= math.log(AGREES_WITHIN),
         "flips": _estimate(verdict.flips),
         "perplexity_ratio": _estimate(verdict.perplexity_ratio),
         "cosine": _estimate(verdict.cosine),

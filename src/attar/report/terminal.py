@@ -23,6 +23,7 @@ from attar.report.record import (
     worth_criterion,
 )
 from attar.report.wording import (
+    DISAGREES,
     duration_text,
     interval_text,
     nats_text,
@@ -155,6 +156,7 @@ def _loss_rows(verdict: Mapping[str, Any], noun: str) -> list[tuple[str, str]]:
     predicted = number_text(foretold) if foretold != 0 else "none"
     ratio = verdict["predicted_over_measured"]
     share = "" if not ratio else f" (ratio {number_text(ratio, 2)})"
+    share += f": {DISAGREES}" if verdict["prediction_agrees"] is False else ""
     measured = number_text(divergence["value"])
     rows.append(
         ("damage, nats", f"{predicted} predicted, {measured} measured{share}"),

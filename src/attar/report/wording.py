@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NOT_FINITE = "not finite"
+# Said where the two are further apart than a prediction should be (`records.AGREES_WITHIN`).
+DISAGREES = "prediction and measurement disagree"
 
 PREDICTION_NOUNS = {"language": "token", "transcribe": "token"}
 

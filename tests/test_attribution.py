@@ -1,11 +1,14 @@
 """Who is responsible for a divergence: shares that sum to it; and what is returned."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import toy_code
 import toys
 from scipy.stats import spearmanr
 from test_decide import classifier_session
@@ -13,6 +16,7 @@ from torch import nn
 
 from attar.attributing import with_attribution
 from attar.audit.fidelity import measure
+from attar.cli import main
 from attar.divergence import Divergence, fit_gaussian
 from attar.errors import DataError
 from attar.explain.attribution import shares_of, slopes_at
@@ -139,7 +143,7 @@ def test_the_spoilt_layer_is_named_first_and_what_it_returns_is_what_it_does():
     for culprit in names:
         sizes = dict.fromkeys(names, 0.02) | {culprit: 0.5}
         other = spoilt(session, sizes)
-        verdict = with_attribution(session, other, judge_models(session, other))
+        verdict = with_attribution(session, other, judge_models(session, other), {})
         first = verdict.responsible[0]
         assert first.unit == culprit and first.share > 0.8
         assert sum(one.damage.value for one in verdict.responsible) == pytest.approx(
@@ -158,7 +162,7 @@ def test_what_is_predicted_to_be_returned_ranks_as_what_is_measured(monkeypatch)
     for trial in range(4):
         sizes = {name: float(10 ** draws.uniform(-2, -0.7)) for name in names}
         other = spoilt(session, sizes, seed=trial)
-        verdict = with_attribution(session, other, judge_models(session, other))
+        verdict = with_attribution(session, other, judge_models(session, other), {})
         predicted += [one.returned for one in verdict.responsible]
         returned += [one.measured for one in verdict.responsible]
     assert spearmanr(predicted, returned).statistic > 0.9
@@ -168,9 +172,9 @@ def test_models_that_do_not_differ_or_do_not_match_are_refused():
     session = classifier_session()
     other = replace(session.model, module=nn.Module())
     with pytest.raises(DataError, match="no layer of the compressed model has the name"):
-        with_attribution(session, other, judge_models(session, session.model))
+        with_attribution(session, other, judge_models(session, session.model), {})
     with pytest.raises(DataError, match="no layer"):
-        with_attribution(session, spoilt(session, {}), judge_models(session, session.model))
+        with_attribution(session, spoilt(session, {}), judge_models(session, session.model), {})
 
 
 def test_weights_without_a_counterpart_are_named():
@@ -184,6 +188,72 @@ def test_weights_without_a_counterpart_are_named():
     progress = Silent()
     progress.note = told.append
     session = replace(session, progress=progress)
-    verdict = with_attribution(session, other, judge_models(session, session.model))
+    verdict = with_attribution(session, other, judge_models(session, session.model), {})
     assert first.name not in {one.unit for one in verdict.responsible}
     assert any(f"{first.name}.weight" in line for line in told)
+
+
+# --- where, by what, and the way back
+
+
+def test_rows_that_were_spoilt_are_named():
+    session = classifier_session()
+    unit = list(session.units)[-1]
+    other = spoilt(session, {})
+    other.module.get_parameter(f"{unit.name}.weight").data[1] *= 0.5
+    verdict = with_attribution(session, other, judge_models(session, other), {})
+    assert (verdict.responsible[0].unit, verdict.responsible[0].where) == (unit.name, "row 1")
+    other = spoilt(session, {unit.name: 0.3})
+    verdict = with_attribution(session, other, judge_models(session, other), {})
+    assert verdict.responsible[0].where == ""
+
+
+def test_ways_back_cost_and_return_more_with_every_layer():
+    session = classifier_session()
+    names = [unit.name for unit in session.units]
+    other = spoilt(session, dict.fromkeys(names, 0.15))
+    verdict = with_attribution(session, other, judge_models(session, other), {})
+    ways = verdict.rollbacks
+    assert [len(one.units) for one in ways] == list(range(1, len(ways) + 1)) and len(ways) > 1
+    alone = {one.unit: one for one in verdict.responsible}
+    per_byte = [alone[one.units[-1]].returned / alone[one.units[-1]].cost_bytes for one in ways]
+    assert per_byte == sorted(per_byte, reverse=True)
+    for less, more in pairwise(ways):
+        assert more.units[:-1] == less.units
+        assert more.cost_bytes == less.cost_bytes + alone[more.units[-1]].cost_bytes
+        assert more.measured > less.measured
+    # By hand: all of them halved, and the divergence on the same samples again.
+    last = ways[-1]
+    half = deepcopy(other.module)
+    for name in last.units:
+        weight = half.get_parameter(f"{name}.weight")
+        weight.data = 0.5 * (weight.data + session.model.module.get_parameter(f"{name}.weight"))
+    batch = {"inputs": torch.cat([one["inputs"] for one in session.data.audit])[:64]}
+    forward, divergence = session.model.task.forward, session.divergence
+    with torch.no_grad():
+        before = forward(session.model.module, batch)[:, 0]
+        lost = [
+            float(divergence.between(before, forward(module, batch)[:, 0]).mean())
+            for module in (other.module, half)
+        ]
+    assert last.measured == pytest.approx(lost[0] - lost[1], rel=1e-3)
+
+
+def test_the_damage_of_each_treatment_is_that_of_its_layers(tmp_path, capsys):
+    data = toy_code.save_data(tmp_path / "data.npz")
+    typed = ["toy_code:classifier", "--task", "classify", "--data", str(data)]
+    out = str(tmp_path / "small")
+    assert main(["compress", *typed, "--size", "4kB", "--out", out]) in (0, 1, 3)
+    facts = tmp_path / "facts.json"
+    more = ["--factory", typed[0], "--attribute", "--json", str(facts)]
+    asked = ["audit", typed[0], out, *typed[1:], *more]
+    assert main(asked) in (0, 1, 3)
+    verdict = json.loads(facts.read_text())
+    described = json.loads((tmp_path / "small" / "attar.json").read_text())["units"]
+    for line in verdict["treatments_responsible"]:
+        own = [one for one in verdict["responsible"] if one["treatment"] == line["treatment"]]
+        assert line["n_units"] == len(own)
+        assert line["nats"] == pytest.approx(sum(one["damage"]["value"] for one in own), rel=1e-4)
+        assert all(described[one["unit"]]["treatment"] in line["treatment"] for one in own)
+    assert sum(line["n_units"] for line in verdict["treatments_responsible"]) == len(described)
+    assert "one bit more costs" in " ".join(capsys.readouterr().out.split())

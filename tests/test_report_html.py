@@ -198,6 +198,7 @@ def test_slices_and_true_answers_stand_on_the_page_as_text():
     layers = [row for row in page.rows if row and row[0] in ("_blocks.3", "_fc")]
     assert [
         "_blocks.3",
+        "row 5",
         "82.0%",
         "0.0500",
         "0.0400 to 0.0600",
@@ -205,7 +206,7 @@ def test_slices_and_true_answers_stand_on_the_page_as_text():
         "0.0310",
         "0.0290",
     ] in layers
-    assert ["_fc", "18.0%", "0.0110", "0 to 0.0200", "160 kB", "0.00400", ""] in layers
+    assert ["_fc", "", "18.0%", "0.0110", "0 to 0.0200", "160 kB", "0.00400", ""] in layers
 
 
 def test_names_become_places():

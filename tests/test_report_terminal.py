@@ -97,8 +97,11 @@ def test_slices_and_true_answers_are_told():
     (day,) = [line for line in lines if line and line[0] == "<b>day</b>"]
     assert day[1] == "88"
     (first,) = [line for line in lines if line and line[0] == "_blocks.3"]
-    assert first == ["_blocks.3", "82.0%", "0.0500", "41.0", "kB", "0.0310", "0.0290"]
+    assert first == ["_blocks.3", "row", "5", "82.0%", "0.0500", "41.0", "kB", "0.0310", "0.0290"]
+    text = " ".join(text.split())
     assert "giving _blocks.3 one bit more costs 41.0 kB and returned 48% of the damage" in text
+    assert "_blocks.3 and 1 more, to _fc, one bit more costs 201 kB and returned 56%" in text
+    assert "by treatment: quantize_rtn, 3 bits 82%; keep_float, 16 bits 18%" in text
     assert "0.40% of the divergence is in no layer's weights" in text
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from attar.audit.fidelity import Measured, bootstrap, measure
 from attar.errors import DataError
 from attar.explain.attribution import shares_of, slopes_at
+from attar.explain.concentration import where
 from attar.explain.probe import Changes, probe
 from attar.load.fold import fold_batch_norm
-from attar.records import Batch, Model, Responsible, Unit, Verdict
+from attar.load.folder import is_attar_folder, read_description
+from attar.records import Batch, Model, Responsible, Rollback, Unit, Verdict
 from attar.session import Session
 from attar.sites import substituted
 
@@ -24,12 +28,19 @@ SAMPLES, SEQUENCES = 64, 4
 TRIED = 5
 # What is left of a unit's error with one bit more.
 LEFT = 0.5
+# Units that would return less than this share of the damage are no way back.
+LEAST_RETURNED = 0.005
 BITS_PER_BYTE = 8
 LEAVE_OUT = "leave --attribute out; it follows weights of the same names and shapes."
 
 
-def with_attribution(session: Session, other: Model, verdict: Verdict) -> Verdict:
+def with_attribution(
+    session: Session, other: Model, verdict: Verdict, treatments: Mapping[str, str]
+) -> Verdict:
     """Add who is responsible, most first, to a verdict.
+
+    Args:
+        treatments: Unit name to what was done to it, where that is known.
 
     Raises:
         DataError: No unit of the original has a counterpart of the same shape that differs.
@@ -48,16 +59,35 @@ def with_attribution(session: Session, other: Model, verdict: Verdict) -> Verdic
         )
         returned = _returned(session, changes, batches, int(counts.sum()))
         found = [
-            _responsible(session, session.units.named(name), own, counts, now, returned[name])
+            replace(
+                _responsible(session, session.units.named(name), own, counts, now, returned[name]),
+                where=_where(session.units.named(name), changes),
+                treatment=treatments.get(name, ""),
+            )
             for name, own in shares.items()
         ]
         found = _tried(session, changes, batches, now, found)
+        rollbacks = _together(session, changes, batches, now, found)
     explained = sum(one.damage.value for one in found)
     return replace(
         verdict,
         responsible=tuple(sorted(found, key=lambda one: -one.damage.value)),
         unattributed=1 - explained / now if now > 0 else 0.0,
+        rollbacks=rollbacks,
     )
+
+
+def treatments_of(folder: Path) -> dict[str, str]:
+    """Unit name to what was done to it, of a folder that Attar wrote; nothing of any other."""
+    if not is_attar_folder(folder):
+        return {}
+    units = read_description(folder)["units"]
+    return {name: _in_few_words(line) for name, line in units.items()}
+
+
+def _in_few_words(line: Mapping[str, Any]) -> str:
+    bits = line.get("bits")
+    return str(line["treatment"]) + ("" if bits is None else f", {round(bits)} bits")
 
 
 def _check_alike(session: Session, other: Model) -> None:
@@ -197,6 +227,12 @@ def _responsible(
     )
 
 
+def _where(unit: Unit, changes: Changes) -> str:
+    """Say in which head or rows of a unit its change lies."""
+    change = changes[f"{unit.name}.weight"]()
+    return where(change.reshape(unit.rows, unit.columns), unit.heads)
+
+
 def _tried(
     session: Session,
     changes: Changes,
@@ -206,15 +242,53 @@ def _tried(
 ) -> list[Responsible]:
     """Halve the error of those that return most, one at a time, and measure."""
     ranked = sorted(found, key=lambda one: -one.returned)
-    measured = {}
-    for one in ranked[:TRIED]:
-        weight, bias = f"{one.unit}.weight", session.units.named(one.unit).bias
-        halved = {
-            name: partial(_half, change) if name in (weight, bias) else change
-            for name, change in changes.items()
-        }
-        measured[one.unit] = now - _measured(session, halved, batches).mean_divergence
+    measured = {
+        one.unit: _halved(session, changes, batches, now, [one.unit]) for one in ranked[:TRIED]
+    }
     return [replace(one, measured=measured.get(one.unit)) for one in found]
+
+
+def _together(
+    session: Session,
+    changes: Changes,
+    batches: Sequence[Batch],
+    now: float,
+    found: Sequence[Responsible],
+) -> tuple[Rollback, ...]:
+    """Halve the errors of one, two, and more units together: those that return most per byte."""
+    worth = [one for one in found if one.returned >= LEAST_RETURNED * now]
+    ranked = sorted(worth, key=lambda one: -one.returned / one.cost_bytes)[:TRIED]
+    rollbacks = []
+    for count in range(1, len(ranked) + 1):
+        chosen = ranked[:count]
+        names = [one.unit for one in chosen]
+        alone = chosen[0].measured if count == 1 else None
+        rollbacks.append(
+            Rollback(
+                units=tuple(names),
+                cost_bytes=sum(one.cost_bytes for one in chosen),
+                predicted=sum(one.returned for one in chosen),
+                measured=_halved(session, changes, batches, now, names) if alone is None else alone,
+            )
+        )
+    return tuple(rollbacks)
+
+
+def _halved(
+    session: Session,
+    changes: Changes,
+    batches: Sequence[Batch],
+    now: float,
+    units: Sequence[str],
+) -> float:
+    """Measure what halving the errors of some units returns."""
+    names = {f"{unit}.weight" for unit in units}
+    names |= {bias for unit in units if (bias := session.units.named(unit).bias)}
+    halved = {
+        name: partial(_half, change) if name in names else change
+        for name, change in changes.items()
+    }
+    return now - _measured(session, halved, batches).mean_divergence
 
 
 def _half(change: Callable[[], Tensor]) -> Tensor:

@@ -260,7 +260,8 @@ def audit(
     other = open_model(compressed)
     verdict = judging.judge_models(session, other)
     if attribute:
-        verdict = attributing.with_attribution(session, other, verdict)
+        treatments = attributing.treatments_of(Path(compressed.model))
+        verdict = attributing.with_attribution(session, other, verdict, treatments)
     report = serving.audit_report(session, other, verdict, Path(compressed.model))
     if policy is None:
         return report

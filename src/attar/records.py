@@ -795,6 +795,8 @@ class Responsible:
         returned: Nats that halving the unit's error would return, predicted.
         cost_bytes: Of one bit more for each weight, which about halves the error.
         measured: Nats that it did return, where that was tried; else None.
+        where: The head or the rows that hold nearly all of the change; "" where it is spread.
+        treatment: What was done to the unit, where the compressed model's folder says it.
     """
 
     unit: str
@@ -803,6 +805,25 @@ class Responsible:
     returned: float
     cost_bytes: int
     measured: float | None = None
+    where: str = ""
+    treatment: str = ""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """One bit more for several units together.
+
+    Attributes:
+        units: The cheapest for what they return first.
+        cost_bytes: Of all of them.
+        predicted: Nats returned, summed over units as if each were alone.
+        measured: Nats returned by all of them together.
+    """
+
+    units: tuple[str, ...]
+    cost_bytes: int
+    predicted: float
+    measured: float
 
 
 @dataclass(frozen=True)
@@ -847,6 +868,7 @@ class Verdict:
         policy_sha256: Of what it says.
         responsible: Units, the most responsible first; empty where it was not asked for.
         unattributed: Share of the divergence that no unit's change explains: norms and the like.
+        rollbacks: One bit more for a first unit, for two, and so on; empty where not asked for.
     """
 
     outcome: str
@@ -874,6 +896,7 @@ class Verdict:
     policy_sha256: str = ""
     responsible: tuple[Responsible, ...] = ()
     unattributed: float | None = None
+    rollbacks: tuple[Rollback, ...] = ()
 
 
 @dataclass(frozen=True)

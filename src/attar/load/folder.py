@@ -61,7 +61,7 @@ def read_folder(path: Path, build: Callable[[str, Mapping[str, Any]], Transform]
     Raises:
         ModelError: A file is missing, damaged, or not what the description says.
     """
-    description = _description(path)
+    description = read_description(path)
     weights = path / "model.safetensors"
     if _sha256(weights) != description.get("weights_sha256"):
         raise ModelError(f"{weights} is not the file attar.json describes.", hint=_HINT)
@@ -161,7 +161,12 @@ def _match_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
             state[name] = state[name].to(tensor.dtype)
 
 
-def _description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """Read attar.json; that it says what it must is checked, weights are not read.
+
+    Raises:
+        ModelError: It is missing or damaged.
+    """
     try:
         description = json.loads(_bytes(path / "attar.json"))
     except (ValueError, RecursionError) as error:

@@ -72,17 +72,17 @@ def slice_parts(slices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     return [table, *more, Text("")]
 
 
-def responsible_parts(
-    units: Sequence[Mapping[str, Any]], unattributed: float | None
-) -> list[RenderableType]:
-    """Which layers lost how much of it, and what a bit more for each would return."""
+def responsible_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:
+    """Which layers and treatments lost how much of it, and what a bit more would return."""
+    units = verdict["responsible"]
     if not units:
         return []
     numbers = ("share", "nats", "one bit more", "returns", "measured")
-    table = plain_table("layer", *numbers, right=numbers)
+    table = plain_table("layer", "where", *numbers, right=numbers)
     for one in units[:SHOWN]:
         table.add_row(
             Text(one["unit"]),
+            Text(one["where"]),
             percent_text(one["share"]),
             number_text(one["damage"]["value"]),
             size_text(one["cost_bytes"]),
@@ -90,20 +90,32 @@ def responsible_parts(
             "" if one["measured"] is None else number_text(one["measured"]),
         )
     left = [Text(f"and {len(units) - SHOWN} more in the report")] if len(units) > SHOWN else []
-    rest = Text(f"{percent_text(unattributed, 2)} of the divergence is in no layer's weights")
-    return [table, *left, rest, *_advice(units), Text("")]
+    rest = Text(
+        f"{percent_text(verdict['unattributed'], 2)} of the divergence is in no layer's weights"
+    )
+    return [table, *left, rest, *_by_treatment(verdict), *_ways_back(verdict), Text("")]
 
 
-def _advice(units: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    """The cheapest way back, of those that were tried."""
-    tried = [one for one in units if one["measured"] is not None and one["measured"] > 0]
-    if not tried:
+def _by_treatment(verdict: Mapping[str, Any]) -> list[RenderableType]:
+    """One line; nothing where it is not known, or one treatment was given to all."""
+    treatments = verdict["treatments_responsible"]
+    if len(treatments) < 2:
         return []
-    best = max(tried, key=lambda one: one["measured"] / one["cost_bytes"])
-    whole = sum(one["damage"]["value"] for one in units)
-    return [
-        Text(
-            f"giving {best['unit']} one bit more costs {size_text(best['cost_bytes'])} and returned"
-            f" {percent_text(best['measured'] / whole, 2)} of the damage where it was tried"
+    shares = (f"{one['treatment']} {percent_text(one['share'], 2)}" for one in treatments[:SHOWN])
+    return [Text(f"by treatment: {'; '.join(shares)}")]
+
+
+def _ways_back(verdict: Mapping[str, Any]) -> list[RenderableType]:
+    """The cheapest way back, and that of several layers together."""
+    whole = sum(one["damage"]["value"] for one in verdict["responsible"])
+    lines = []
+    for one in verdict["rollbacks"]:
+        first, *others = one["units"]
+        also = f" and {len(others)} more, to {others[-1]}," if others else ""
+        lines.append(
+            Text(
+                f"giving {first}{also} one bit more costs {size_text(one['cost_bytes'])} and"
+                f" returned {percent_text(one['measured'] / whole, 2)} of the damage"
+            )
         )
-    ]
+    return [lines[0], *lines[1:][-1:]] if lines else []

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Leftover,
         Plan,
         Report,
+        Responsible,
         Scores,
         Unit,
         Verdict,
@@ -177,6 +178,8 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "slices": [asdict(one) for one in verdict.slices],
         "checks": [asdict(one) for one in verdict.checks],
         "responsible": [asdict(one) for one in verdict.responsible],
+        "treatments_responsible": _by_treatment(verdict.responsible),
+        "rollbacks": [asdict(one) for one in verdict.rollbacks],
         "unattributed": verdict.unattributed,
         "policy": {"name": verdict.policy, "sha256": verdict.policy_sha256},
         "groups": [_group(group) for group in verdict.groups],
@@ -187,6 +190,19 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         ],
         "token_divergence": [[token, nats] for token, nats in verdict.token_divergence],
     }
+
+
+def _by_treatment(responsible: Sequence[Responsible]) -> list[dict[str, Any]]:
+    """What units treated alike are responsible for together, the most first."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in responsible:
+        if one.treatment:
+            line = found.setdefault(one.treatment, {"n_units": 0, "nats": 0.0, "share": 0.0})
+            line["n_units"] += 1
+            line["nats"] += one.damage.value
+            line["share"] += one.share
+    lines = [{"treatment": name, **line} for name, line in found.items()]
+    return sorted(lines, key=lambda line: -line["nats"])
 
 
 def _estimate(estimate: Estimate | None) -> dict[str, float] | None:

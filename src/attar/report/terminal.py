@@ -61,7 +61,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         table,
         Text(""),
         *slice_parts(facts["slices"]),
-        *responsible_parts(facts["responsible"], facts["unattributed"]),
+        *responsible_parts(facts),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
     ]

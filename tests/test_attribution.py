@@ -21,7 +21,9 @@ from attar.divergence import Divergence, fit_gaussian
 from attar.errors import DataError
 from attar.explain.attribution import shares_of, slopes_at
 from attar.judging import judge_models
-from attar.records import Silent
+from attar.load.model import load_model
+from attar.records import Recipe, Silent
+from attar.session import open_session
 
 
 def random(*shape, seed=0):
@@ -228,7 +230,10 @@ def test_ways_back_cost_and_return_more_with_every_layer():
     for name in last.units:
         weight = half.get_parameter(f"{name}.weight")
         weight.data = 0.5 * (weight.data + session.model.module.get_parameter(f"{name}.weight"))
-    batch = {"inputs": torch.cat([one["inputs"] for one in session.data.audit])[:64]}
+    inputs = torch.cat([one["inputs"] for one in session.data.audit])
+    order = np.argsort(verdict.sample_divergence, kind="stable")
+    taken = [int((n + 0.5) * len(inputs) / 64) for n in range(64)]
+    batch = {"inputs": inputs[order[taken].copy()]}
     forward, divergence = session.model.task.forward, session.divergence
     with torch.no_grad():
         before = forward(session.model.module, batch)[:, 0]
@@ -257,3 +262,40 @@ def test_the_damage_of_each_treatment_is_that_of_its_layers(tmp_path, capsys):
         assert all(described[one["unit"]]["treatment"] in line["treatment"] for one in own)
     assert sum(line["n_units"] for line in verdict["treatments_responsible"]) == len(described)
     assert "one bit more costs" in " ".join(capsys.readouterr().out.split())
+
+
+class Scaled(nn.Module):
+    """A table whose rows are normed: which way a row points hangs on the very end of its path."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.table, self.out = nn.Embedding(40, 12), nn.Linear(12, 6)
+        self.place = nn.Parameter(0.05 * torch.randn(12))
+
+    def forward(self, tokens):
+        x = self.table(tokens) + self.place
+        return self.out(4 * torch.nn.functional.layer_norm(x, (12,))).mean(1)
+
+
+def rare_session():
+    """Two samples in a hundred have one of the last ten tokens."""
+    draws = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 30, (400, 3), generator=draws)
+    tokens[::50, 1] = 35
+    model = load_model(Scaled(), examples={"inputs": tokens[:2]}, task="classify")
+    sizes = {"calibration": 40, "recovery": 20, "audit": 340}
+    recipe = Recipe("rare", task="classify", **sizes)
+    return open_session(recipe, model, Silent(), {"inputs": tokens})
+
+
+def test_damage_that_few_samples_have_is_attributed_and_its_rows_are_named():
+    session = rare_session()
+    other = spoilt(session, {"out": 0.001})
+    other.module.table.weight.data[30:] = 0
+    verdict = with_attribution(session, other, judge_models(session, other), {})
+    first = verdict.responsible[0]
+    assert (first.unit, first.where) == ("table", "rows 30 to 39")
+    assert first.share > 0.9
+    # A path of three points would leave a part of it unexplained.
+    assert abs(verdict.unattributed) < 0.1

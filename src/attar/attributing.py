@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from attar.audit.fidelity import Measured, bootstrap, measure
 from attar.errors import DataError
-from attar.explain.attribution import shares_of, slopes_at
+from attar.explain.attribution import POINTS, shares_of, slopes_at
 from attar.explain.concentration import where
 from attar.explain.probe import Changes, probe
 from attar.load.fold import fold_batch_norm
@@ -22,10 +23,12 @@ from attar.records import Batch, Model, Responsible, Rollback, Unit, Verdict
 from attar.session import Session
 from attar.sites import substituted
 
-# Samples that responsibility is found on, at most; of a language model, sequences.
-SAMPLES, SEQUENCES = 64, 4
+# Samples that responsibility is found on, at most, and predictions that are enough.
+SAMPLES, PREDICTIONS, LEAST_SAMPLES = 64, 2048, 4
 # Units for which what is returned is measured too: those that return most.
 TRIED = 5
+# Points of the path where those that do mostly leave more than this share unexplained.
+MORE_POINTS, LARGEST_GAP = 12, 0.1
 # What is left of a unit's error with one bit more.
 LEFT = 0.5
 # Units that would return less than this share of the damage are no way back.
@@ -48,15 +51,11 @@ def with_attribution(
     with session.timed("attribute"):
         _check_alike(session, other)
         changes = _changes(session, _folded(other))
-        batches = _batches(session)
-        shares = shares_of(
-            session.model, changes, batches, session.divergence, progress=session.progress
-        )
+        batches = _batches(session, verdict)
         there = _measured(session, changes, batches)
-        now, counts = (
-            there.mean_divergence,
-            np.bincount(there.sample, minlength=_n_samples(batches)),
-        )
+        now = there.mean_divergence
+        counts = np.bincount(there.sample, minlength=_n_samples(batches))
+        shares = _shares(session, changes, batches, now * int(counts.sum()))
         returned = _returned(session, changes, batches, int(counts.sum()))
         found = [
             replace(
@@ -136,20 +135,50 @@ def _change(session: Session, name: str, theirs: Tensor) -> Tensor:
     return (theirs.detach().float() - session.parameter(name)).reshape(theirs.shape)
 
 
-def _batches(session: Session) -> Sequence[Batch]:
-    """The first few samples of the audit data."""
-    left = SEQUENCES if session.predicts_everywhere else SAMPLES
-    chosen: list[Batch] = []
-    for batch in session.data.audit:
-        if left <= 0:
-            break
-        chosen.append({name: tensor[:left] for name, tensor in batch.items()})
-        left -= len(next(iter(batch.values())))
-    return chosen
+def _batches(session: Session, verdict: Verdict) -> Sequence[Batch]:
+    """A few samples of the audit data, from those that lost least to those that lost most.
+
+    Ranked by what each lost, they are taken at even distances, so that damage that few samples
+    have is there in its proportion.
+    """
+    sizes = [len(next(iter(batch.values()))) for batch in session.data.audit]
+    total = sum(sizes)
+    lost = np.asarray(verdict.sample_divergence or [0.0] * total)
+    per_sample = max(1, verdict.n_predictions // max(1, verdict.n_samples))
+    count = min(total, SAMPLES, max(LEAST_SAMPLES, -(-PREDICTIONS // per_sample)))
+    places = ((np.arange(count) + 0.5) * total / count).astype(int)
+    chosen = np.zeros(total, bool)
+    chosen[np.argsort(lost, kind="stable")[places]] = True
+    batches = []
+    for batch, own in zip(session.data.audit, np.split(chosen, np.cumsum(sizes)[:-1]), strict=True):
+        if own.any():
+            rows = torch.from_numpy(own.nonzero()[0])
+            batches.append({name: tensor[rows] for name, tensor in batch.items()})
+    return batches
 
 
 def _n_samples(batches: Sequence[Batch]) -> int:
     return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def _shares(
+    session: Session, changes: Changes, batches: Sequence[Batch], whole: float
+) -> dict[str, Tensor]:
+    """Split the divergence; on a finer path where the parts do not sum to the whole."""
+    shares: dict[str, Tensor] = {}
+    for points in (POINTS, MORE_POINTS):
+        shares = shares_of(
+            session.model,
+            changes,
+            batches,
+            session.divergence,
+            progress=session.progress,
+            points=points,
+        )
+        gap = whole - float(sum(own.sum() for own in shares.values()))
+        if abs(gap) <= LARGEST_GAP * whole:
+            break
+    return shares
 
 
 def _measured(session: Session, changes: Changes, batches: Sequence[Batch]) -> Measured:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attar import decide, equalising, judging, pipeline, serving
+from attar import attributing, decide, equalising, judging, pipeline, serving
 from attar.errors import PlanError
 from attar.export.text_file import write_whole
 from attar.load.folder import is_attar_folder, load_folder, read_folder
@@ -263,12 +263,15 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
     return _Made(model, known, decide.follow(session, plan, statistics), session)
 
 
-def audit(model: Model, small: Model, data: Arrays = None, *, seed: int = 0) -> Audit:
+def audit(
+    model: Model, small: Model, data: Arrays = None, *, seed: int = 0, attribute: bool = False
+) -> Audit:
     """Compare two models that answer the same question, on data that no plan was made with.
 
     Args:
         small: From `apply`, or any other model.
         data: The same as given to `explain`; its audit split is used.
+        attribute: Whether to say which units' changes are responsible for what was lost.
 
     Raises:
         DataError: The two do not answer the same question.
@@ -280,8 +283,13 @@ def audit(model: Model, small: Model, data: Arrays = None, *, seed: int = 0) -> 
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
     if made is None or made.model is not model:
         verdict = judging.judge_models(session, small)
+        if attribute:
+            verdict = attributing.with_attribution(session, small, verdict, {})
         return Audit(verdict, serving.audit_report(session, small, verdict, None))
     verdict = judging.judge_compressed(session, small, made.decided)
+    if attribute:
+        done = {name: one.treatment for name, one in made.decided.plan.choices.items()}
+        verdict = attributing.with_attribution(session, small, verdict, done)
     bare = serving.audit_report(session, small, verdict, None)
     relevance = decide.relevance(made.explanation.statistics)
     facts = replace(

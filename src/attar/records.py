@@ -869,6 +869,7 @@ class Verdict:
         responsible: Units, the most responsible first; empty where it was not asked for.
         unattributed: Share of the divergence that no unit's change explains: norms and the like.
         rollbacks: One bit more for a first unit, for two, and so on; empty where not asked for.
+        sample_divergence: Mean nats of each sample, in the order of the audit data.
     """
 
     outcome: str
@@ -897,6 +898,7 @@ class Verdict:
     responsible: tuple[Responsible, ...] = ()
     unattributed: float | None = None
     rollbacks: tuple[Rollback, ...] = ()
+    sample_divergence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,14 @@ def judge(
         truth=with_calibration(against_truth(measured, seed), measured),
         slices=by_slice(measured, slices, family=family, seed=seed),
         checks=checks,
+        sample_divergence=_of_samples(measured),
     )
+
+
+def _of_samples(measured: Measured) -> tuple[float, ...]:
+    sums = np.bincount(measured.sample, measured.divergence)
+    counts = np.bincount(measured.sample)
+    return tuple(float(mean) for mean in sums / np.maximum(counts, 1))
 
 
 def _mean(values: np.ndarray, measured: Measured, seed: int) -> Estimate | None:

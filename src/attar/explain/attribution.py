@@ -52,13 +52,15 @@ def shares_of(
     divergence: Divergence,
     *,
     progress: Progress,
+    points: int = POINTS,
 ) -> PerSample:
     """Split the divergence of the changed model over the units that changed.
 
     Args:
         changes: Parameter name to a function that makes its change; units' weights and biases.
+        points: Of the path.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(POINTS)
+    nodes, weights = np.polynomial.legendre.leggauss(points)
     total: PerSample = {}
     for node, weight in zip(nodes, weights, strict=True):
         at = 0.5 * (1 + float(node))

@@ -10,6 +10,8 @@ from torch import Tensor
 MOSTLY = 0.9
 # and these are at most this share of all places.
 FEW = 0.5
+# and with them goes what changed by this share of their mean square.
+ALIKE = 0.02
 
 
 def where(change: Float[Tensor, "rows columns"], heads: int = 0) -> str:
@@ -37,9 +39,9 @@ def _few(squares: Float[Tensor, " places"]) -> Int[Tensor, " few"] | None:
     count = int((held < MOSTLY).sum()) + 1
     if count > FEW * len(squares):
         return None
-    # What changed at all is the better answer where that is few too.
-    changed = squares.nonzero()[:, 0]
-    return changed if len(changed) <= FEW * len(squares) else order[:count].sort().values
+    # Neighbours of these that changed likewise belong to them; what was only rounded does not.
+    alike = (squares >= ALIKE * largest[:count].mean()).nonzero()[:, 0]
+    return alike if count <= len(alike) <= FEW * len(squares) else order[:count].sort().values
 
 
 def _named(rows: Int[Tensor, " few"], of: int) -> str:

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 
 import audit_networks as networks
 import numpy as np
+import torch
 from results_file import Bench, Finding, Options, Row, main, number, of_model
 from scipy.stats import spearmanr
+from torch import nn
+
+from attar import attributing, judging
+from attar.load.model import load_model
+from attar.records import Recipe, Silent, Verdict
+from attar.session import open_recipe, open_session
 
 # Targets, as issue 6 states them.
 FOUND, FALSE_ALARMS, RANK, TIMES = 0.95, 0.05, 0.9, 1.3
 
 PLANTS, PER_NETWORK = 100, 10
-SAMPLES = {"classify": 1500, "language": 300}
-COUNTS = {"classify": (300, 100, 1000), "language": (80, 20, 200)}
+SAMPLES = {"classify": 750, "language": 300}
+COUNTS = {"classify": (100, 50, 600), "language": (80, 20, 200)}
 # A slice is blamed if chance would hardly make it lose so much more than the rest.
 ALPHA = 0.05
 SPEED_TOKENS, SPEED_QUICK, TIMED = 100_000, 2_000, 3
@@ -86,27 +94,111 @@ def train_task(train: Callable[[int, int], networks.Trained]) -> str:
     return "classify" if train is networks.classifier else "language"
 
 
-def audited(trained: networks.Trained, module: object, *, seed: int, attribute: bool) -> object:
+def audited(trained: networks.Trained, module: nn.Module, *, seed: int, attribute: bool) -> Verdict:
     """Audit as `attar audit` does, of modules at hand."""
-    from dataclasses import replace
-
-    from attar import attributing, judging
-    from attar.load.model import load_model
-    from attar.records import Recipe, Silent
-    from attar.session import open_session
-
-    data = {n: a for n, a in trained.arrays.items()}
-    inputs = {n: a for n, a in data.items() if n not in ("labels", "answers")}
-    import torch
-
-    examples = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
+    examples = {
+        name: torch.from_numpy(array[:2])
+        for name, array in trained.arrays.items()
+        if name not in ("labels", "answers")
+    }
     model = load_model(trained.module, examples=examples, task=trained.task)
     calibration, recovery, audit = COUNTS[trained.task]
     recipe = Recipe(
         "planted", task=trained.task, seed=seed, slices="labels",
         calibration=calibration, recovery=recovery, audit=audit,
     )  # fmt: skip
-    session = open_session(recipe, model, Silent(), data)
+    session = open_session(recipe, model, Silent(), trained.arrays)
     other = replace(model, module=module)
     verdict = judging.judge_models(session, other)
     return attributing.with_attribution(session, other, verdict, {}) if attribute else verdict
+
+
+# ---------------------------------------------------------------------------------------------
+# ways back, and time
+
+
+def ways_back(plants: int) -> tuple[float, int]:
+    """Compare what halving a layer's error is predicted to return with what it does.
+
+    Returns:
+        Rank correlation over all layers of all plants, and how many pairs there were.
+    """
+    tried, attributing.TRIED = attributing.TRIED, 10**6
+    try:
+        predicted, returned = [], []
+        for seed in range(max(1, plants // PER_NETWORK)):
+            for train in (networks.classifier, networks.speaker):
+                trained = train(seed, SAMPLES[train_task(train)])
+                module = networks.unevenly_rounded(trained, np.random.default_rng(seed))
+                verdict = audited(trained, module, seed=seed, attribute=True)
+                predicted += [one.returned for one in verdict.responsible]
+                returned += [one.measured for one in verdict.responsible]
+    finally:
+        attributing.TRIED = tried
+    return float(spearmanr(predicted, returned).statistic), len(predicted)
+
+
+def speed(options: Options) -> dict[str, float]:
+    """Time an audit of two language models beside two bare forward passes over the same tokens."""
+    tokens = SPEED_QUICK if options.quick else SPEED_TOKENS
+    text = str(options.wikitext / "wiki.test.raw")
+    recipe = Recipe("smollm2", data=text, calibration=512, recovery=512, audit=tokens)
+    session = open_recipe(recipe)
+    other = open_recipe(recipe).model
+    for parameter in other.module.parameters():
+        if parameter.dim() == 2:
+            parameter.data = networks.rounded(parameter.data, 8)
+    batches, forward = session.data.audit, session.model.task.forward
+
+    def bare() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                for model in (session.model, other):
+                    forward(model.module, batch)
+
+    seconds: dict[str, list[float]] = {"bare": [], "audit": []}
+    for _ in range(1 if options.quick else TIMED):
+        for name, work in (("bare", bare), ("audit", lambda: judging.judge_models(session, other))):
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(seconds["audit"], seconds["bare"], strict=True)]
+    return {
+        "tokens": sum(int(batch["tokens"].numel()) for batch in batches),
+        "seconds": median(seconds["audit"]),
+        "bare_seconds": median(seconds["bare"]),
+        "times": median(ratios),
+        "times_spread": max(ratios) - min(ratios),
+    }
+
+
+def check(rows: list[dict[str, str]]) -> list[Finding]:
+    findings = []
+    for fault in FAULTS:
+        row = (of_model(rows, fault) or [{}])[0]
+        if fault in UNTOUCHED:
+            alarms = number(row, "slices_blamed")
+            findings.append(Finding(f"{fault}: a slice is blamed", alarms, at_most=FALSE_ALARMS))
+        else:
+            share = number(row, "named_first")
+            findings.append(Finding(f"{fault}: named first", share, at_least=FOUND))
+    row = (of_model(rows, RETURNS) or [{}])[0]
+    rank = number(row, "rank_correlation")
+    findings.append(Finding("what a way back returns: rank correlation", rank, at_least=RANK))
+    row = (of_model(rows, SPEED) or [{}])[0]
+    times = number(row, "times")
+    findings.append(Finding(f"{SPEED}: seconds over two passes", times, at_most=TIMES))
+    return findings
+
+
+if __name__ == "__main__":
+    main(
+        Bench(
+            name="audit",
+            about="Does the audit find planted faults, and how long does it take?",
+            models=MODELS,
+            quick_models=MODELS,
+            measure=measure,
+            check=check,
+        )
+    )

@@ -1,4 +1,4 @@
-"""Small networks that were really trained, and faults to plant in copies of them, for `audit.py`."""
+"""Small networks that were really trained, and faults to plant in copies, for `audit.py`."""
 
 from __future__ import annotations
 
@@ -228,6 +228,19 @@ def truncated_embedding(trained: Trained, draws: np.random.Generator) -> Plant:
     return Plant(module, "embed", f"rows {first} to {words - 1}")
 
 
-def untouched(trained: Trained, draws: np.random.Generator) -> Plant:  # noqa: ARG001
-    """A copy that answers as the original does but for the noise of 12 bits."""
-    return Plant(everywhere_rounded(trained, 12), "")
+def untouched(trained: Trained, draws: np.random.Generator) -> Plant:
+    """A copy whose numbers differ in the last of float32's bits, so that there is something."""
+    module = deepcopy(trained.module)
+    for parameter in module.parameters():
+        noise = torch.from_numpy(draws.standard_normal(parameter.shape)).float()
+        parameter.data *= 1 + 2.0**-20 * noise
+    return Plant(module, "")
+
+
+def unevenly_rounded(trained: Trained, draws: np.random.Generator) -> nn.Module:
+    """A copy with every matrix in its own number of bits, from 3 to 8."""
+    module = deepcopy(trained.module)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2 and name != "places":
+            parameter.data = rounded(parameter.data, int(draws.integers(3, 9)))
+    return module

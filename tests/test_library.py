@@ -79,6 +79,15 @@ def test_the_audit_knows_what_was_predicted(model, plan, tmp_path):
     assert "quantize_feedback" in page and "keep_float" in page
 
 
+def test_the_audit_says_who_is_responsible_if_asked(model, plan):
+    found = attar.audit(model, attar.apply(model, plan), attribute=True)
+    assert not attar.audit(model, attar.apply(model, plan)).responsible
+    by_unit = {one.unit: one for one in found.responsible}
+    assert set(by_unit) == set(plan.choices)
+    assert all(one.treatment == plan.choices[name].treatment for name, one in by_unit.items())
+    assert abs(found.unattributed) < 0.1
+
+
 def test_any_two_models_can_be_compared(model, inputs, tmp_path):
     module, examples = toy_code.other()
     found = attar.audit(model, attar.load(module, examples=examples, task="classify"), inputs)

@@ -20,8 +20,11 @@ from attar.records import (
     Budget,
     Calibration,
     Changed,
+    ChoicesFound,
     Estimate,
+    Generation,
     Leftover,
+    Parted,
     Plan,
     Receipt,
     Report,
@@ -395,6 +398,25 @@ def hostile():
     )
 
 
+@cache
+def writing():
+    """Two language models that were let write and asked questions, with texts from outside."""
+    good = smollm2()
+    numbers = [Estimate(0.1 * i, 0.1 * i - 0.05, 0.1 * i + 0.05) for i in range(1, 13)]
+    parted = Parted(HOSTILE, 3, "and so", HOSTILE, "\n", HOSTILE, " on")
+    truth = truth_found(67, 0.61, 0.07)
+    groups = tuple(
+        ChoicesFound(name, truth, truth, 0.31, 1.0) for name in ("island_effects", HOSTILE)
+    )
+    verdict = replace(
+        good.verdict,
+        generation=Generation(11, 48, *numbers, examples=(parted,)),
+        choices=(ChoicesFound("blimp.jsonl", truth, truth, 0.21, 0.41, groups),),
+        notes=("the vocabularies differ in their padding", HOSTILE),
+    )
+    return replace(audit_only(), task="language", verdict=verdict)
+
+
 CASES = {
     "language": smollm2,
     "vision": efficientnet,
@@ -402,4 +424,5 @@ CASES = {
     "audit only": audit_only,
     "embedder": embedder,
     "hostile": hostile,
+    "writing": writing,
 }

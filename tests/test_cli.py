@@ -12,7 +12,6 @@ import toys
 from tiny_models import LLAMA, random_model, write_gguf
 
 from attar import command_output, serving
-from attar.cli import main
 from attar.load.catalogue import CATALOGUE
 from attar.progress import BarProgress, open_progress
 
@@ -31,17 +30,6 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def data(here):
     return str(toy_code.save_data(here.parent / "x.npz"))
-
-
-@pytest.fixture
-def typed(capsys):
-    """Run a command; return its exit code and what it printed."""
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        return code, capsys.readouterr()
-
-    return run
 
 
 def test_compress_ends_with_the_table_and_says_where_things_are(typed, here, data):

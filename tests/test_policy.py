@@ -4,7 +4,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from report_cases import efficientnet, embedder, failed
+from report_cases import efficientnet, embedder, failed, writing
 
 from attar.audit.policy import LIMITS, SLICE_LIMITS, check, read_policy, with_policy
 from attar.errors import AttarError, SettingError
@@ -74,7 +74,7 @@ def test_lost_accuracy_is_the_fall_and_not_the_rise(tmp_path):
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_limit_says_something_of_some_model(name):
-    cases = [case().verdict for case in (efficientnet, embedder)]
+    cases = [case().verdict for case in (efficientnet, embedder, writing)]
     language = replace(cases[0], perplexity_ratio=Estimate(1.1, 1.0, 1.2))
     assert any(LIMITS[name](verdict) is not None for verdict in (*cases, language))
 

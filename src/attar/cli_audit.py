@@ -19,20 +19,30 @@ from attar.command_output import (
 from attar.options import (
     MODEL_HELP,
     AcceptLicence,
+    Attribute,
     Audit,
     Calibration,
+    ChoiceFiles,
     DataPath,
     Degrid,
+    Evidence,
     Factory,
+    Generate,
     JsonFile,
+    Junit,
+    Policy,
+    Prompts,
     Recovery,
+    ReportFolder,
     Seed,
+    Sign,
+    Signer,
     Slices,
     TaskName,
     Threads,
 )
 from attar.progress import open_progress
-from attar.records import Recipe
+from attar.records import Behaviours, Recipe
 
 
 def audit_command(
@@ -50,27 +60,16 @@ def audit_command(
     threads: Threads = 2,
     accept_licence: AcceptLicence = False,
     json_file: JsonFile = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.html and report.json there.")
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Limits, in YAML: see docs/verdict.md.")
-    ] = None,
-    junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write each check as JUnit XML.")
-    ] = None,
-    evidence: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a signed bundle of all this there.")
-    ] = None,
-    sign: Annotated[
-        Path | None, typer.Option(metavar="KEY", help="Ed25519 private key, PEM, for --evidence.")
-    ] = None,
-    attribute: Annotated[
-        bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
-    ] = False,
-    signer: Annotated[
-        str | None, typer.Option(metavar="HEX", help="For verify: whose key must have signed.")
-    ] = None,
+    report: ReportFolder = None,
+    policy: Policy = None,
+    junit: Junit = None,
+    evidence: Evidence = None,
+    sign: Sign = None,
+    attribute: Attribute = False,
+    generate: Generate = None,
+    prompts: Prompts = None,
+    choices: ChoiceFiles = None,
+    signer: Signer = None,
 ) -> int:
     """Compare any two models, whoever compressed; or check a bundle: attar audit verify FILE."""
     if original == "verify":
@@ -87,8 +86,16 @@ def audit_command(
     for file in (json_file, junit):
         check_file(file)
     limits = None if policy is None else judging.open_policy(policy)
+    asked = Behaviours(generate or 0, prompts, tuple(choices or ()))
     with open_progress() as progress:
-        found = pipeline.audit(first, second, policy=limits, attribute=attribute, progress=progress)
+        found = pipeline.audit(
+            first,
+            second,
+            policy=limits,
+            attribute=attribute,
+            behaviours=asked,
+            progress=progress,
+        )
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -72,6 +72,38 @@ def write_tokens(
         with torch.inference_mode():
             logits, cache = step(new, cache)
         new = (yield logits.float())[:, None]
+
+
+def continue_greedily(
+    step: Step,
+    starts: Int64[Tensor, "rows tokens"],
+    *,
+    most_tokens: int,
+    ends: Container[int],
+    n_known: int,
+) -> list[list[int]]:
+    """Write the likeliest token each time, until an end token or `most_tokens`.
+
+    Args:
+        ends: Tokens that end a text.
+        n_known: Outputs that stand for a token; those after it are padding.
+
+    Returns:
+        New tokens of each row; an end token is the last of its row.
+    """
+    writing = write_tokens(step, starts)
+    logits = next(writing)
+    texts: list[list[int]] = [[] for _ in starts]
+    going = list(range(len(texts)))
+    for number in range(most_tokens):
+        chosen = logits[:, :n_known].argmax(dim=1)
+        for row in going:
+            texts[row].append(int(chosen[row]))
+        going = [row for row in going if texts[row][-1] not in ends]
+        if not going or number == most_tokens - 1:
+            break
+        logits = writing.send(chosen)
+    return texts
 
 
 def speech_prompts(

@@ -111,3 +111,33 @@ Restart = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the same facts as JSON.")
 ]
+Generate = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Let language models go on with N openings of texts."),
+]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompts to go on with instead, one a line.")
+]
+ChoiceFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--choices", metavar="FILE", help="Multiple choice, JSON lines. Repeat."),
+]
+Policy = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Limits, in YAML: see docs/verdict.md.")
+]
+Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write each check as JUnit XML.")]
+Evidence = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a signed bundle of all this there.")
+]
+Sign = Annotated[
+    Path | None, typer.Option(metavar="KEY", help="Ed25519 private key, PEM, for --evidence.")
+]
+Attribute = Annotated[
+    bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
+]
+Signer = Annotated[
+    str | None, typer.Option(metavar="HEX", help="For verify: whose key must have signed.")
+]
+ReportFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write report.html and report.json there.")
+]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from attar import attributing, decide, equalising, judging, serving, writing
+from attar import attributing, behaving, decide, equalising, judging, serving, writing
 from attar.audit.policy import Policy, with_policy
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -19,6 +19,7 @@ from attar.plan.candidates import check_keep
 from attar.plan.frontier import FRONTIER_FILE, frontier_to_json
 from attar.plan.planfile import plan_to_yaml
 from attar.records import (
+    Behaviours,
     Equalised,
     Frontier,
     Plan,
@@ -34,6 +35,8 @@ from attar.report.html import write_report
 from attar.resuming import discard
 from attar.session import Session, open_model, open_recipe
 from attar.trials import check_decider
+
+NOTHING_MORE = Behaviours()
 
 
 def compress(
@@ -248,6 +251,7 @@ def audit(
     *,
     policy: Policy | None = None,
     attribute: bool = False,
+    behaviours: Behaviours = NOTHING_MORE,
     progress: Progress | None = None,
 ) -> Report:
     """Compare any two models that answer the same question, on the first one's audit data.
@@ -255,10 +259,14 @@ def audit(
     Args:
         policy: Limits that the verdict is held to beside its own rule, from `judging.open_policy`.
         attribute: Whether to say which units' changes are responsible for what was lost.
+        behaviours: What language models are asked to do beside predicting the audit data.
     """
+    read = behaving.read_asked(behaviours)
     session = open_recipe(original, progress)
+    behaving.check_asked(session.model, behaviours)
     other = open_model(compressed)
     verdict = judging.judge_models(session, other)
+    verdict = behaving.with_behaviours(session, other, verdict, behaviours, read)
     if attribute:
         treatments = attributing.treatments_of(Path(compressed.model))
         verdict = attributing.with_attribution(session, other, verdict, treatments)

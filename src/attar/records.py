@@ -827,18 +827,125 @@ class Rollback:
 
 
 @dataclass(frozen=True)
+class Parted:
+    """A prompt that both models continue, and where they part.
+
+    Attributes:
+        position: Of the first token that differs, from 0.
+        same: What both write before it.
+        before: The token that the original writes there; after: the compressed model.
+        before_rest: What the original writes after it.
+    """
+
+    prompt: str
+    position: int
+    same: str
+    before: str
+    after: str
+    before_rest: str
+    after_rest: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The same prompts continued by both, the likeliest token each time.
+
+    Attributes:
+        most_tokens: Written at most for each prompt.
+        first_divergent_token: Mean position of the first token that differs, from 0; where none
+            does, the number of tokens written.
+        first_divergent_median: Median of the same.
+        never_differs: Share of prompts.
+        equal_tokens: Share of positions at which both write the same token.
+        length_before: Mean tokens before the one that ends a text.
+        ended_before: Share of texts that ended before `most_tokens`.
+        repetition_before: Mean share of runs of 4 tokens that the same text held before.
+        examples: Those that part first.
+    """
+
+    n_prompts: int
+    most_tokens: int
+    first_divergent_token: Estimate
+    first_divergent_median: Estimate
+    never_differs: Estimate
+    equal_tokens: Estimate
+    length_before: Estimate
+    length_after: Estimate
+    length_change: Estimate
+    ended_before: Estimate
+    ended_after: Estimate
+    repetition_before: Estimate
+    repetition_after: Estimate
+    repetition_change: Estimate
+    examples: tuple[Parted, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """One multiple-choice question.
+
+    Attributes:
+        context: "" where whole sentences are compared.
+        answer: Place of the true one among `choices`.
+        group: Label; "" for none.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class ChoicesFound:
+    """How both models answer multiple-choice questions.
+
+    Attributes:
+        name: Of the file, or of the group.
+        plain: The likeliest choice is the answer.
+        normalised: The choice with the most log-probability for each of its bytes is.
+        p_plain: `plain.p_value`; of a group, after Holm over the groups.
+        groups: By label, those that lost most right answers first; empty for one or none.
+    """
+
+    name: str
+    plain: Truth
+    normalised: Truth
+    p_plain: float
+    p_normalised: float
+    groups: tuple[ChoicesFound, ...] = ()
+
+
+@dataclass(frozen=True)
+class Behaviours:
+    """What an audit of language models is asked to look at beside single predictions.
+
+    Attributes:
+        generate: Prompts to continue; 0 for none, or for all of `prompts`.
+        prompts: File with one prompt a line; None for openings of the audit data.
+        choices: Files of multiple-choice questions.
+    """
+
+    generate: int = 0
+    prompts: Path | None = None
+    choices: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class Check:
     """One limit and what was found.
 
     Attributes:
         found: None where the data cannot say.
         outcome: "passed", "failed" or "undecided".
+        at_least: Whether the limit is the least that may be, and not the most.
     """
 
     name: str
     found: Estimate | None
     limit: float
     outcome: str
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -870,6 +977,9 @@ class Verdict:
         unattributed: Share of the divergence that no unit's change explains: norms and the like.
         rollbacks: One bit more for a first unit, for two, and so on; empty where not asked for.
         sample_divergence: Mean nats of each sample, in the order of the audit data.
+        generation: How both go on with prompts; None where that was not asked for.
+        choices: How both answer multiple-choice questions, by file.
+        notes: What a reader should know: what could not be compared.
     """
 
     outcome: str
@@ -899,6 +1009,9 @@ class Verdict:
     unattributed: float | None = None
     rollbacks: tuple[Rollback, ...] = ()
     sample_divergence: tuple[float, ...] = ()
+    generation: Generation | None = None
+    choices: tuple[ChoicesFound, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

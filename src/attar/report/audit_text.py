@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from attar.report.layout import plain_table
-from attar.report.wording import interval_text, number_text, percent_text, size_text
+from attar.report.layout import facts_table, plain_table
+from attar.report.wording import (
+    GENERATION_ROWS,
+    interval_text,
+    number_text,
+    percent_text,
+    plural,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,6 +22,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN = 8
+# Of a continuation, around the token that differs.
+SHOWN_CHARACTERS = 160
+
+CHOICE_SHARES = ("accuracy_before", "accuracy_after", "negative_flips", "positive_flips")
 
 
 def truth_rows(truth: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -119,3 +130,58 @@ def _ways_back(verdict: Mapping[str, Any]) -> list[RenderableType]:
             )
         )
     return [lines[0], *lines[1:][-1:]] if lines else []
+
+
+def generation_parts(generation: Mapping[str, Any] | None) -> list[RenderableType]:
+    """How both go on with the same prompts, and where they part."""
+    if generation is None:
+        return []
+    table = plain_table("continuations", "found", "95% interval", right=("found", "95% interval"))
+    for name, key, percent in GENERATION_ROWS:
+        estimate, write = generation[key], percent_text if percent else number_text
+        table.add_row(name, write(estimate["value"]), interval_text(estimate, percent=percent))
+    count = Text(
+        f"{plural(generation['n_prompts'], 'prompt')}, {generation['most_tokens']} tokens at most;"
+        " the likeliest token each time"
+    )
+    return [table, count, Text(""), *(_parted(one) for one in generation["examples"])]
+
+
+def _parted(one: Mapping[str, Any]) -> RenderableType:
+    """Both texts of one prompt, the token that differs between arrows."""
+    table = facts_table()
+    table.add_row("prompt", Text(one["prompt"].strip()[-SHOWN_CHARACTERS:], "bold"))
+    for side, key in (("original", "before"), ("compressed", "after")):
+        marked = f"{one['same'][-SHOWN_CHARACTERS:]}>>{one[key]}<<"
+        table.add_row(side, Text(f"{marked}{one[f'{key}_rest'][:SHOWN_CHARACTERS]}".strip()))
+    table.add_row("", "")
+    return table
+
+
+def choices_parts(choices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Right answers to multiple-choice questions, by file and by group."""
+    if not choices:
+        return []
+    numbers = ("questions", "right before", "after", "right, then wrong", "reverse", "other", "p")
+    table = plain_table("choices", *numbers, right=numbers)
+    for one in choices:
+        rows = [(one["name"], one["plain"], one["p_plain"])]
+        rows += [(f"{one['name']}, by bytes", one["normalised"], one["p_normalised"])]
+        rows += [(f"  {g['name']}", g["plain"], g["p_plain"]) for g in one["groups"][:SHOWN]]
+        left = len(one["groups"]) - SHOWN
+        rows += [(f"  and {left} more in the report", None, None)] if left > 0 else []
+        for name, truth, p in rows:
+            table.add_row(Text(name), *([] if truth is None else _choice_cells(truth, p)))
+    ratios = ", ".join(_ratio_text(one) for one in choices)
+    return [table, Text(f"probability of the true choice, after over before: {ratios}"), Text("")]
+
+
+def _choice_cells(truth: Mapping[str, Any], p: float) -> list[str]:
+    shares = [truth[key]["value"] for key in CHOICE_SHARES]
+    cells = [percent_text(share) for share in (*shares, truth["other_flips"])]
+    return [f"{truth['n_predictions']:,}", *cells, number_text(p, 2)]
+
+
+def _ratio_text(one: Mapping[str, Any]) -> str:
+    ratio = one["plain"]["probability_ratio"]
+    return f"{number_text(ratio['value'])} ({interval_text(ratio)})"

@@ -55,6 +55,7 @@ def page_text(facts: dict[str, Any]) -> str:
         spread=divergence_marks(verdict),
         groups=paired_bars(verdict["groups"]),
         tokens=tint_tokens(verdict["token_divergence"]),
+        generation_rows=wording.GENERATION_ROWS,
         continuations=[split_common(turn) for turn in verdict["continuations"]],
         untouched=[unit for unit in facts["units"] if unit["refused"]],
         seconds=_shares(facts["seconds"]),

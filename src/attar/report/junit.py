@@ -39,7 +39,8 @@ def report_to_junit(report: Report) -> str:
 
 
 def _message(check: Check) -> str:
+    limit = f"the limit is {'at least ' if check.at_least else ''}{check.limit:g}"
     if check.found is None:
-        return f"not known from this data; the limit is {check.limit:g}"
+        return f"not known from this data; {limit}"
     found = check.found
-    return f"{found.value:g} ({found.low:g} to {found.high:g}); the limit is {check.limit:g}"
+    return f"{found.value:g} ({found.low:g} to {found.high:g}); {limit}"

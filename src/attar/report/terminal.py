@@ -12,7 +12,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from attar.report.audit_text import responsible_parts, slice_parts, truth_rows
+from attar.report.audit_text import (
+    choices_parts,
+    generation_parts,
+    responsible_parts,
+    slice_parts,
+    truth_rows,
+)
 from attar.report.layout import facts_table, heading, plain_table, render
 from attar.report.record import (
     clean_text,
@@ -62,8 +68,11 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         Text(""),
         *slice_parts(facts["slices"]),
         *responsible_parts(facts),
+        *choices_parts(facts["choices"]),
+        *generation_parts(facts["generation"]),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
+        *(_bullet("note:", note) for note in facts["notes"]),
     ]
     return render(parts, width, colour)
 

@@ -15,6 +15,22 @@ NOT_FINITE = "not finite"
 # Said where the two are further apart than a prediction should be (`records.AGREES_WITHIN`).
 DISAGREES = "prediction and measurement disagree"
 
+# Of continuations: what it is called, its name in the record, and whether it is a share.
+GENERATION_ROWS = (
+    ("tokens alike before the first that differs, mean", "first_divergent_token", False),
+    ("their median", "first_divergent_median", False),
+    ("texts that never differ", "never_differs", True),
+    ("positions with the same token", "equal_tokens", True),
+    ("tokens before the end, original", "length_before", False),
+    ("tokens before the end, compressed", "length_after", False),
+    ("the same, change", "length_change", False),
+    ("texts that ended, original", "ended_before", True),
+    ("texts that ended, compressed", "ended_after", True),
+    ("repeated runs of 4 tokens, original", "repetition_before", True),
+    ("repeated runs of 4 tokens, compressed", "repetition_after", True),
+    ("the same, change", "repetition_change", True),
+)
+
 PREDICTION_NOUNS = {"language": "token", "transcribe": "token"}
 
 

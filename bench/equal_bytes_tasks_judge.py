@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from choices import COUNTS, Item, answers, items_of
+from choices import COUNTS, answers, items_of
 from equal_bytes_job import opened
 from equal_bytes_judge import other_module
 from tokenizers import Tokenizer
+
+from attar.records import ChoiceItem
 
 QUICK_ITEMS = 4
 
@@ -34,10 +36,10 @@ def judged(weights: str, facts: Mapping[str, Any], data: Path) -> dict[str, floa
 
 
 def compared(
-    task: str, items: list[Item], before: np.ndarray, after: np.ndarray
+    task: str, items: list[ChoiceItem], before: np.ndarray, after: np.ndarray
 ) -> dict[str, float]:
     """Shares, with the standard error of the paired difference of accuracies."""
-    right = np.array([item.right for item in items])
+    right = np.array([item.answer for item in items])
     difference = (after == right).astype(float) - (before == right)
     return {
         f"{task}_items": len(items),

@@ -42,10 +42,10 @@ ROWS_AT_ONCE = 16
 CANNOT_BE_READ = "it answers NaN or infinity, so it was neither let write nor asked questions"
 
 Prompt = list[int]
-Asked = tuple[Sequence[str], Sequence[tuple[str, Sequence[ChoiceItem]]]]
+Read = tuple[Sequence[str], Sequence[tuple[str, Sequence[ChoiceItem]]]]
 
 
-def read_asked(asked: Behaviours) -> Asked:
+def read_asked(asked: Behaviours) -> Read:
     """Read prompts and questions, before long work; questions with the names of their files.
 
     Raises:
@@ -75,7 +75,7 @@ def check_asked(model: Model, asked: Behaviours) -> None:
 
 
 def with_behaviours(
-    session: Session, other: Model, verdict: Verdict, asked: Behaviours, read: Asked
+    session: Session, other: Model, verdict: Verdict, asked: Behaviours, read: Read
 ) -> Verdict:
     """Add how both models write and answer to a verdict.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +31,7 @@ from attar.options import (
     Generate,
     JsonFile,
     Junit,
-    Policy,
+    PolicyFile,
     Prompts,
     Recovery,
     ReportFolder,
@@ -44,10 +45,15 @@ from attar.options import (
 from attar.progress import open_progress
 from attar.records import Behaviours, Recipe
 
+if TYPE_CHECKING:
+    from attar.audit.policy import Policy
+
 
 def audit_command(
     original: Annotated[str, typer.Argument(metavar="ORIGINAL", help=MODEL_HELP)],
-    compressed: Annotated[str, typer.Argument(metavar="COMPRESSED", help=MODEL_HELP)],
+    compressed: Annotated[
+        list[str], typer.Argument(metavar="COMPRESSED", help="One or several, likewise.")
+    ],
     data: DataPath = None,
     slices: Slices = None,
     seed: Seed = 0,
@@ -61,7 +67,7 @@ def audit_command(
     accept_licence: AcceptLicence = False,
     json_file: JsonFile = None,
     report: ReportFolder = None,
-    policy: Policy = None,
+    policy: PolicyFile = None,
     junit: Junit = None,
     evidence: Evidence = None,
     sign: Sign = None,
@@ -71,41 +77,91 @@ def audit_command(
     choices: ChoiceFiles = None,
     signer: Signer = None,
 ) -> int:
-    """Compare any two models, whoever compressed; or check a bundle: attar audit verify FILE."""
+    """Compare any models, whoever compressed; or check a bundle: attar audit verify FILE."""
     if original == "verify":
-        return _verify(Path(compressed), signer)
+        return _verify(compressed, signer)
     _check_evidence(evidence, sign)
-    from attar import judging, pipeline, serving
+    _check_single(compressed, junit, evidence)
+    for file in (json_file, junit):
+        check_file(file)
+    first = recipe_of({**locals(), "model": original, "factory": None})
+    others = [
+        Recipe(model=one, factory=factory, task=task, accept_licence=accept_licence)
+        for one in compressed
+    ]
+    asked = Behaviours(generate or 0, prompts, tuple(choices or ()))
+    wishes = {"policy": _limits(policy), "attribute": attribute, "behaviours": asked}
+    if len(others) > 1:
+        return _audit_all(first, others, wishes, json_file, report)
+    return _audit_one(first, others[0], wishes, json_file, report, junit, (evidence, sign))
+
+
+def _audit_one(
+    original: Recipe,
+    compressed: Recipe,
+    wishes: Mapping[str, Any],
+    json_file: Path | None,
+    report: Path | None,
+    junit: Path | None,
+    evidence: tuple[Path | None, Path | None],
+) -> int:
+    """Do what `attar audit` does with one compressed model."""
+    from attar import pipeline, serving
     from attar.report.html import write_report
     from attar.report.junit import report_to_junit
     from attar.report.record import jsonable, verdict_to_json
     from attar.report.terminal import audit_to_text
 
-    first = recipe_of({**locals(), "model": original, "factory": None})
-    second = Recipe(model=compressed, factory=factory, task=task, accept_licence=accept_licence)
-    for file in (json_file, junit):
-        check_file(file)
-    limits = None if policy is None else judging.open_policy(policy)
-    asked = Behaviours(generate or 0, prompts, tuple(choices or ()))
     with open_progress() as progress:
-        found = pipeline.audit(
-            first,
-            second,
-            policy=limits,
-            attribute=attribute,
-            behaviours=asked,
-            progress=progress,
-        )
+        found = pipeline.audit(original, compressed, **wishes, progress=progress)
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
     if junit is not None:
         write_bytes(junit, report_to_junit(found).encode())
-    if evidence is not None and sign is not None:
-        write_bytes(evidence, serving.evidence(found, limits, sign))
+    bundle, key = evidence
+    if bundle is not None and key is not None:
+        write_bytes(bundle, serving.evidence(found, wishes["policy"], key))
     if report is not None:
         show(f"report  {write_report(found, report)[0]}")
     return exit_code(found.verdict)
+
+
+def _audit_all(
+    original: Recipe,
+    compressed: Sequence[Recipe],
+    wishes: Mapping[str, Any],
+    json_file: Path | None,
+    report: Path | None,
+) -> int:
+    """Do what `attar audit` does with several; the exit code is that of the worst verdict."""
+    from attar import comparing, pipeline
+    from attar.report.population import (
+        population_to_json,
+        population_to_text,
+        write_population,
+    )
+
+    with open_progress() as progress:
+        found = pipeline.audit_all(original, compressed, **wishes, progress=progress)
+    show(population_to_text(found, **screen()))
+    if json_file is not None:
+        write_json(json_file, population_to_json(found))
+    if report is not None:
+        show(f"report  {write_population(found, report)}")
+    return exit_code(comparing.worst(found).verdict)
+
+
+def _limits(policy: Path | None) -> Policy | None:
+    from attar import judging
+
+    return None if policy is None else judging.open_policy(policy)
+
+
+def _check_single(compressed: list[str], junit: Path | None, evidence: Path | None) -> None:
+    """Refuse with several models what holds the verdict on one."""
+    if len(compressed) > 1 and (junit or evidence):
+        raise typer.BadParameter("--junit and --evidence are about one compressed model")
 
 
 def _check_evidence(evidence: Path | None, sign: Path | None) -> None:
@@ -119,11 +175,13 @@ def _check_evidence(evidence: Path | None, sign: Path | None) -> None:
         read_key(sign)
 
 
-def _verify(bundle: Path, signer: str | None) -> int:
+def _verify(bundles: list[str], signer: str | None) -> int:
     """Do what `attar audit verify` does."""
     from attar.audit.evidence import verify
 
-    found = verify(bundle, signer)
+    if len(bundles) > 1:
+        raise typer.BadParameter("attar audit verify checks one FILE")
+    found = verify(Path(bundles[0]), signer)
     verdict = found.facts["verdict"]
     show(f"whole, and signed by {found.fingerprint}")
     if signer is None:

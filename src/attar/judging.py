@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,15 @@ def judge_models(session: Session, other: Model) -> Verdict:
     Raises:
         DataError: The two do not answer the same question.
     """
+    return compare_models(session, other)[0]
+
+
+def compare_models(session: Session, other: Model) -> tuple[Verdict, Measured]:
+    """Do what `judge_models` does, and keep what was measured.
+
+    Raises:
+        DataError: The two do not answer the same question.
+    """
     _check_comparable(session.model, other)
     with session.timed("audit"):
         measured = _measure(session, other.module)
@@ -149,7 +159,8 @@ def judge_models(session: Session, other: Model) -> Verdict:
             slices=session.data.audit_slices,
             labelled=bool(session.data.answers),
         )
-        return with_details(verdict, **_details(session, other, measured))  # type: ignore[arg-type]
+        details = _details(session, other, measured)
+        return with_details(verdict, **details), measured  # type: ignore[arg-type]
 
 
 def _check_comparable(original: Model, other: Model) -> None:
@@ -261,34 +272,55 @@ def _groups(session: Session) -> dict[str, list[str]]:
     return by_kind
 
 
-def _details(session: Session, other: Model, measured: Measured) -> dict[str, object]:
-    """Add examples a person can judge."""
+@dataclass(frozen=True)
+class Naming:
+    """How answers and inputs are called in a report.
+
+    Attributes:
+        name_of: Number of an answer to its name.
+        shown: By sample: token ids (with `decode`), or the name of the sample.
+        decode: Token ids to text; None where samples are no text.
+    """
+
+    name_of: Callable[[int], str]
+    shown: Sequence[Any]
+    decode: Callable[[list[int]], str] | None = None
+
+
+def naming(session: Session) -> Naming | None:
+    """Names for answers and inputs; None where there is no most likely answer."""
     model, data = session.model, session.data
     if model.task.name in ("language", "transcribe") and "tokenizer.json" in model.files:
         tokenizer = read_tokenizer(model.files)
         name = "tokens" if model.task.name == "language" else "decoder_tokens"
         texts = [row for batch in data.audit for row in batch[name]]
-        details: dict[str, object] = {
-            "changed": changed_predictions(
-                measured, lambda t: tokenizer.decode([t]), texts, tokenizer.decode
-            ),
-            "token_divergence": token_divergence(measured, texts, lambda t: tokenizer.decode([t])),
-        }
-        if model.task.name == "language":
-            details["continuations"] = [
-                (
-                    prompt,
-                    *(
-                        continue_text(m, prompt, max_tokens=CONTINUED_TOKENS, seed=0)
-                        for m in (model, other)
-                    ),
-                )
-                for prompt in PROMPTS
-            ]
-        return details
+        return Naming(lambda t: str(tokenizer.decode([t])), texts, tokenizer.decode)
     if session.divergence.family != "categorical":
-        return {}
+        return None
     with torch.no_grad():
         n_classes = model.task.forward(model.module, model.examples).shape[-1]
     labels = class_names(model.files, n_classes)
-    return {"changed": changed_predictions(measured, lambda c: labels[c], list(data.shown), None)}
+    return Naming(lambda c: labels[c], list(data.shown))
+
+
+def _details(session: Session, other: Model, measured: Measured) -> dict[str, object]:
+    """Add examples a person can judge."""
+    called = naming(session)
+    if called is None:
+        return {}
+    changed = changed_predictions(measured, called.name_of, called.shown, called.decode)
+    details: dict[str, object] = {"changed": changed}
+    if called.decode is not None:
+        details["token_divergence"] = token_divergence(measured, called.shown, called.name_of)
+    if called.decode is not None and session.model.task.name == "language":
+        details["continuations"] = [
+            (
+                prompt,
+                *(
+                    continue_text(m, prompt, max_tokens=CONTINUED_TOKENS, seed=0)
+                    for m in (session.model, other)
+                ),
+            )
+            for prompt in PROMPTS
+        ]
+    return details

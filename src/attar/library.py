@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
-from attar import attributing, decide, equalising, judging, pipeline, serving
-from attar.errors import PlanError
-from attar.export.text_file import write_whole
+from attar import attributing, comparing, decide, equalising, judging, pipeline, serving
+from attar.audited import Audit, Audits
+from attar.errors import DataError, PlanError, SettingError
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.records import (
     Model,
@@ -35,9 +35,7 @@ from attar.records import (
     Scores,
     Silent,
     Statistics,
-    Verdict,
 )
-from attar.report.html import report_to_html
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import biases, build_transform, materialise
 from attar.trials import check_decider
@@ -63,28 +61,6 @@ class Explanation(Mapping[str, Scores]):
 
     def __len__(self) -> int:
         return len(self._scores)
-
-
-@dataclass(frozen=True)
-class Audit:
-    """A verdict, and the page that shows it."""
-
-    verdict: Verdict
-    facts: Report
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "verdict":  # not there yet while it is being copied
-            raise AttributeError(name)
-        return getattr(self.verdict, name)
-
-    def report(self, path: str | Path) -> Path:
-        """Write the page.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        write_whole(Path(path), report_to_html(self.facts))
-        return Path(path)
 
 
 @dataclass(frozen=True)
@@ -263,25 +239,55 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
     return _Made(model, known, decide.follow(session, plan, statistics), session)
 
 
+@overload
 def audit(
     model: Model, small: Model, data: Arrays = None, *, seed: int = 0, attribute: bool = False
-) -> Audit:
-    """Compare two models that answer the same question, on data that no plan was made with.
+) -> Audit: ...
+
+
+@overload
+def audit(
+    model: Model,
+    small: Sequence[Model],
+    data: Arrays = None,
+    *,
+    seed: int = 0,
+    attribute: bool = False,
+) -> Audits: ...
+
+
+def audit(
+    model: Model,
+    small: Model | Sequence[Model],
+    data: Arrays = None,
+    *,
+    seed: int = 0,
+    attribute: bool = False,
+) -> Audit | Audits:
+    """Compare models that answer the same question, on data that no plan was made with.
 
     Args:
-        small: From `apply`, or any other model.
+        small: From `apply`, or any other model; or several of them, of which three or more also
+            show what compression forgets.
         data: The same as given to `explain`; its audit split is used.
         attribute: Whether to say which units' changes are responsible for what was lost.
 
     Raises:
-        DataError: The two do not answer the same question.
+        DataError: They do not answer the same question.
     """
-    made = _made.get(id(small))
-    if made is not None and made.model is model and data is None:
+    if not isinstance(small, Model):
+        if attribute:
+            raise SettingError(
+                "attribute looks at one compressed model.",
+                hint="call audit with each model alone.",
+            )
+        return _audit_all(model, tuple(small), data, seed)
+    made = _made_from(model, small)
+    if made is not None and data is None:
         session = made.session
     else:
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
-    if made is None or made.model is not model:
+    if made is None:
         verdict = judging.judge_models(session, small)
         if attribute:
             verdict = attributing.with_attribution(session, small, verdict, {})
@@ -303,6 +309,28 @@ def audit(
         bytes_after=made.decided.plan.weight_bytes,
     )
     return Audit(verdict, facts)
+
+
+def _audit_all(model: Model, small: Sequence[Model], data: Arrays, seed: int) -> Audits:
+    """Compare each with the original, on the same data."""
+    if not small:
+        raise DataError("there is no model to compare.", hint="give one or several")
+    known = [made for one in small if (made := _made_from(model, one)) is not None]
+    session = known[0].session if known and data is None else None
+    session = session or _open(Recipe(model=model.name, seed=seed), model, data, None)
+    found = [judging.compare_models(session, one) for one in small]
+    reports = [
+        serving.audit_report(session, one, verdict, None)
+        for one, (verdict, _) in zip(small, found, strict=True)
+    ]
+    names, measured = [one.name for one in small], [one for _, one in found]
+    return Audits(comparing.population(session, names, reports, measured))
+
+
+def _made_from(model: Model, small: Model) -> _Made | None:
+    """What a small model was made from, where that was this model."""
+    made = _made.get(id(small))
+    return made if made is not None and made.model is model else None
 
 
 def compress(

@@ -122,7 +122,7 @@ ChoiceFiles = Annotated[
     list[Path] | None,
     typer.Option("--choices", metavar="FILE", help="Multiple choice, JSON lines. Repeat."),
 ]
-Policy = Annotated[
+PolicyFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Limits, in YAML: see docs/verdict.md.")
 ]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write each check as JUnit XML.")]

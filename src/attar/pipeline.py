@@ -6,11 +6,12 @@ load → explain → cost → plan → transform → audit → export → report
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attar import attributing, behaving, decide, equalising, judging, serving, writing
+from attar import attributing, behaving, comparing, decide, equalising, judging, serving, writing
+from attar.audit.fidelity import Measured
 from attar.audit.policy import Policy, with_policy
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -23,6 +24,7 @@ from attar.records import (
     Equalised,
     Frontier,
     Plan,
+    Population,
     Progress,
     Recipe,
     Report,
@@ -261,16 +263,49 @@ def audit(
         attribute: Whether to say which units' changes are responsible for what was lost.
         behaviours: What language models are asked to do beside predicting the audit data.
     """
-    read = behaving.read_asked(behaviours)
+    asked = Asked(policy, attribute, behaviours, behaving.read_asked(behaviours))
     session = open_recipe(original, progress)
     behaving.check_asked(session.model, behaviours)
+    return _audited(session, compressed, asked)[0]
+
+
+def audit_all(
+    original: Recipe,
+    compressed: Sequence[Recipe],
+    *,
+    policy: Policy | None = None,
+    attribute: bool = False,
+    behaviours: Behaviours = NOTHING_MORE,
+    progress: Progress | None = None,
+) -> Population:
+    """Compare several models with one original, each as `audit` does, and find what all forget."""
+    asked = Asked(policy, attribute, behaviours, behaving.read_asked(behaviours))
+    session = open_recipe(original, progress)
+    behaving.check_asked(session.model, behaviours)
+    reports, measured = zip(*(_audited(session, one, asked) for one in compressed), strict=True)
+    return comparing.population(session, [one.model for one in compressed], reports, measured)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an audit is asked for; see `audit`."""
+
+    policy: Policy | None
+    attribute: bool
+    behaviours: Behaviours
+    read: behaving.Read
+
+
+def _audited(session: Session, compressed: Recipe, asked: Asked) -> tuple[Report, Measured]:
+    """Open one model and hold it against the session's."""
     other = open_model(compressed)
-    verdict = judging.judge_models(session, other)
-    verdict = behaving.with_behaviours(session, other, verdict, behaviours, read)
-    if attribute:
+    verdict, measured = judging.compare_models(session, other)
+    verdict = behaving.with_behaviours(session, other, verdict, asked.behaviours, asked.read)
+    if asked.attribute:
         treatments = attributing.treatments_of(Path(compressed.model))
         verdict = attributing.with_attribution(session, other, verdict, treatments)
     report = serving.audit_report(session, other, verdict, Path(compressed.model))
-    if policy is None:
-        return report
-    return replace(report, verdict=with_policy(verdict, policy, report.bytes_after))
+    if asked.policy is None:
+        return report, measured
+    verdict = with_policy(verdict, asked.policy, report.bytes_after)
+    return replace(report, verdict=verdict), measured

@@ -1049,6 +1049,88 @@ class Report:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Exemplar:
+    """One prediction that most of several compressed models change in the same way.
+
+    Attributes:
+        label: Of the sample's slice; "" for none.
+        before: The original's answer.
+        after: What most of the compressed models answer.
+        truth: The true answer; "" where it is not known.
+        agreeing: How many of the compressed models answer `after`.
+        divergence: Mean over the compressed models, nats.
+    """
+
+    sample: str
+    shown: str
+    label: str
+    before: str
+    after: str
+    truth: str
+    agreeing: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class ExemplarSlice:
+    """How many of the exemplars are of one label.
+
+    Attributes:
+        expected: Exemplars there would be if every label had the same share.
+        p_more: Of so many more by chance, one-sided, after Holm over the slices.
+    """
+
+    label: str
+    n_predictions: int
+    n_exemplars: int
+    expected: float
+    p_more: float
+
+
+@dataclass(frozen=True)
+class Exemplars:
+    """Predictions that compression changes whichever way it is done, and what they are like.
+
+    Attributes:
+        n_models: Compressed models that were asked.
+        share: Of all predictions.
+        right_before: Share of exemplars that the original answers right; None without true answers.
+        right_after: Mean over the compressed models of the same.
+        rest_before: The same of all other predictions.
+        slices: Those with the most exemplars beyond what is expected first.
+        shown: Those of the largest divergence.
+    """
+
+    n_models: int
+    n_predictions: int
+    n_exemplars: int
+    share: Estimate
+    right_before: Estimate | None
+    right_after: Estimate | None
+    rest_before: Estimate | None
+    rest_after: Estimate | None
+    slices: tuple[ExemplarSlice, ...]
+    shown: tuple[Exemplar, ...]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Several compressed models against one original.
+
+    Attributes:
+        names: Of the compressed models, in the order of `reports`.
+        exemplars: None where there are none to be found.
+        why_not: Why; "" where there are.
+    """
+
+    original: str
+    names: tuple[str, ...]
+    reports: tuple[Report, ...]
+    exemplars: Exemplars | None
+    why_not: str = ""
+
+
 # ------------------------------------------------------------------------------------------
 # progress: how long work tells where it is
 

@@ -39,14 +39,7 @@ def _changed(
     shown: Sequence[Any],
     decode: Callable[[list[int]], str] | None,
 ) -> Changed:
-    sample, position = int(measured.sample[i]), int(measured.position[i])
-    where, text = f"sample {sample}", ""
-    if decode is not None:
-        where = f"{where}, token {position}"
-        start = max(0, position + 1 - CONTEXT_TOKENS)
-        text = decode(shown[sample][start : position + 1].tolist())
-    elif sample < len(shown):
-        text = str(shown[sample])
+    where, text = place_of(measured, i, shown, decode)
     before, after = int(measured.answer_before[i]), int(measured.answer_after[i])
     return Changed(
         sample=where,
@@ -55,6 +48,21 @@ def _changed(
         after=f"{name_of(after)} ({measured.probability_after[i]:.0%})",
         divergence=float(measured.divergence[i]),
     )
+
+
+def place_of(
+    measured: Measured,
+    i: int,
+    shown: Sequence[Any],
+    decode: Callable[[list[int]], str] | None,
+) -> tuple[str, str]:
+    """Where a prediction stands, and what was read before it."""
+    sample, position = int(measured.sample[i]), int(measured.position[i])
+    if decode is not None:
+        start = max(0, position + 1 - CONTEXT_TOKENS)
+        text = decode(shown[sample][start : position + 1].tolist())
+        return f"sample {sample}, token {position}", text
+    return f"sample {sample}", str(shown[sample]) if sample < len(shown) else ""
 
 
 def token_divergence(

@@ -280,6 +280,15 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
         "report.html": page_text(facts),
         "report.json": json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
+    return write_texts(texts, folder)
+
+
+def write_texts(texts: Mapping[str, str], folder: Path) -> tuple[Path, ...]:
+    """Write files by name, each whole or not at all.
+
+    Raises:
+        OutputError: The folder cannot be written, or the disk is full.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return tuple(_write_whole(folder / name, text) for name, text in texts.items())

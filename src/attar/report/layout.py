@@ -59,3 +59,10 @@ def plain_table(*headers: str, right: Sequence[str] = ()) -> Table:
             overflow="fold",
         )
     return table
+
+
+def bullet(mark: str, sentence: str) -> Table:
+    """A sentence that wraps beside its mark."""
+    row = Table.grid(padding=(0, 1, 0, 0))
+    row.add_row(f"  {mark}", Text(sentence, overflow="fold"))
+    return row

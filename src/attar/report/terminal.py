@@ -19,7 +19,7 @@ from attar.report.audit_text import (
     slice_parts,
     truth_rows,
 )
-from attar.report.layout import facts_table, heading, plain_table, render
+from attar.report.layout import bullet, facts_table, heading, plain_table, render
 from attar.report.record import (
     clean_text,
     jsonable,
@@ -72,7 +72,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         *generation_parts(facts["generation"]),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
-        *(_bullet("note:", note) for note in facts["notes"]),
+        *(bullet("note:", note) for note in facts["notes"]),
     ]
     return render(parts, width, colour)
 
@@ -114,7 +114,7 @@ def _report_parts(facts: Mapping[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [heading(facts["model"]["name"]), table, Text("")]
     parts += _continuation_parts(verdict["continuations"])
     parts += _verdict_parts(verdict)
-    parts += [_bullet("note:", note) for note in facts["plan"]["notes"]]
+    parts += [bullet("note:", note) for note in facts["plan"]["notes"]]
     if facts["not_finite"]:
         parts.append(Text(f"not finite: {', '.join(facts['not_finite'])}"))
     if size["folder"] is not None:
@@ -191,13 +191,7 @@ def _verdict_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [
         Text(f"verdict: {outcome.upper()}", OUTCOME_STYLES.get(outcome, "bold"))
     ]
-    return [*parts, *(_bullet("-", reason) for reason in verdict["reasons"])]
-
-
-def _bullet(mark: str, sentence: str) -> Table:
-    row = Table.grid(padding=(0, 1, 0, 0))
-    row.add_row(f"  {mark}", Text(sentence, overflow="fold"))
-    return row
+    return [*parts, *(bullet("-", reason) for reason in verdict["reasons"])]
 
 
 def plan_to_text(plan: Plan, units: Iterable[Unit], width: int = 100, colour: bool = False) -> str:
@@ -218,7 +212,7 @@ def plan_to_text(plan: Plan, units: Iterable[Unit], width: int = 100, colour: bo
     else:
         parts.append(_squeezed("most squeezed", chosen[:SHOWN]))
         parts.append(_squeezed("least squeezed", chosen[-SHOWN:][::-1]))
-    parts += [_bullet("note:", clean_text(note)) for note in plan.notes]
+    parts += [bullet("note:", clean_text(note)) for note in plan.notes]
     return render(parts, width, colour)
 
 

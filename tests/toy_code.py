@@ -73,6 +73,14 @@ def other():
     return module, examples
 
 
+def overflowing():
+    """The classifier with finite weights that are too large for what they read."""
+    module, examples = classifier()
+    for layer in (module[0], module[3]):
+        layer.weight.data.mul_(1e30)
+    return module, examples
+
+
 def uneven():
     """The classifier with channels of very different size, and the answers it had."""
     module, examples = classifier()

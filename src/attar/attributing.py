@@ -19,6 +19,7 @@ from attar.explain.concentration import where
 from attar.explain.probe import Changes, probe
 from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, read_description
+from attar.matching import LABELS
 from attar.records import Batch, Model, Responsible, Rollback, Unit, Verdict
 from attar.session import Session
 from attar.sites import substituted
@@ -90,7 +91,10 @@ def _in_few_words(line: Mapping[str, Any]) -> str:
 
 
 def _check_alike(session: Session, other: Model) -> None:
-    """Refuse a model that has no weights by the names of the original's, such as a graph."""
+    """Refuse a model that has no weights by the names of the original's, or other labels."""
+    labels = [m.files.get(LABELS) for m in (session.model, other)]
+    if None not in labels and labels[0] != labels[1]:
+        raise DataError("the labels differ, so the last layers do too.", hint=LEAVE_OUT)
     theirs = {name for name, _ in other.module.named_parameters()}
     if not any(f"{unit.name}.weight" in theirs for unit in session.units):
         raise DataError(

@@ -28,12 +28,14 @@ def population(
     """
     called = naming(session)
     sound = [one for one in measured if np.isfinite(one.divergence).all()]
+    # A model that shares some of the labels alone is asked for another choice.
+    sound = [one for one in sound if np.array_equal(one.answer_before, sound[0].answer_before)]
     why_not = ""
     if called is None:
         why_not = "outputs that are numbers have no answer that could be forgotten"
     elif len(sound) < FEWEST_MODELS:
         broken = len(measured) - len(sound)
-        left_out = f", and {broken} answer NaN or infinity" if broken else ""
+        left_out = f", and {broken} answer NaN, infinity or other labels" if broken else ""
         why_not = (
             f"what compression forgets shows with {FEWEST_MODELS} compressed models or more; "
             f"there are {len(measured)}{left_out}"

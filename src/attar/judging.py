@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Measured, measure
+from attar.audit.not_finite import first_not_finite
 from attar.audit.policy import Policy, read_policy
 from attar.audit.verdict import judge, with_details
 from attar.decide import Decided
 from attar.disk import HELD_AT_MOST_BYTES
-from attar.errors import BudgetError, DataError
+from attar.errors import BudgetError
 from attar.explain.statistics import STREAMS, samples_at_once, statistics_bytes
 from attar.export.run import class_names, continue_text
 from attar.gguf_names import FILE as GGUF_FILE
@@ -28,6 +31,7 @@ from attar.inputs import read_tokenizer
 from attar.load.folder import load_folder, read_folder
 from attar.load.model import load_model
 from attar.load.onnx_model import read_onnx
+from attar.matching import Matched, match
 from attar.memory import forecast, machine_bytes
 from attar.onnx_names import FILE as ONNX_FILE
 from attar.plan.size import parse_size
@@ -43,6 +47,7 @@ CONTINUED_TOKENS = 32
 GROUP_SHARE = 0.125
 # A model with more roles than this is grouped by its blocks instead.
 MOST_GROUPS = 12
+EVERYTHING = Matched()
 
 
 def forecast_memory(session: Session) -> int:
@@ -117,7 +122,7 @@ def _of_onnx(session: Session, file: Path, decided: Decided) -> Model:
 def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdict:
     """Compare a model that was made as decided with the original, as a whole and by groups."""
     with session.timed("audit"):
-        measured = _measure(session, small.module)
+        measured = _measure(session, small)
         verdict = judge(
             measured,
             family=session.divergence.family,
@@ -126,6 +131,7 @@ def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdic
             slices=session.data.audit_slices,
             labelled=bool(session.data.answers),
         )
+        verdict = _located(session, small, verdict, measured)
         return with_details(
             verdict,
             groups=_group_claims(session, _weights(session, small.module, decided), decided),
@@ -148,9 +154,9 @@ def compare_models(session: Session, other: Model) -> tuple[Verdict, Measured]:
     Raises:
         DataError: The two do not answer the same question.
     """
-    _check_comparable(session.model, other)
+    matched = match(session, other)
     with session.timed("audit"):
-        measured = _measure(session, other.module)
+        measured = _measure(session, other, matched)
         verdict = judge(
             measured,
             family=session.divergence.family,
@@ -159,45 +165,51 @@ def compare_models(session: Session, other: Model) -> tuple[Verdict, Measured]:
             slices=session.data.audit_slices,
             labelled=bool(session.data.answers),
         )
+        verdict = _located(session, other, replace(verdict, notes=matched.notes), measured)
         details = _details(session, other, measured)
         return with_details(verdict, **details), measured  # type: ignore[arg-type]
 
 
-def _check_comparable(original: Model, other: Model) -> None:
-    if original.task.name != other.task.name:
-        raise DataError(
-            f"{original.name} answers {original.task.name} and {other.name} {other.task.name}.",
-            hint="compare two models of the same task.",
-        )
-    with torch.no_grad():
-        widths = [m.task.forward(m.module, original.examples).shape[-1] for m in (original, other)]
-    if widths[0] != widths[1]:
-        raise DataError(
-            f"{original.name} has {widths[0]} answers to choose from and {other.name} {widths[1]}.",
-            hint="compare models with the same vocabulary or labels.",
-        )
-    name = "tokenizer.json"
-    if original.files.get(name) and other.files.get(name):
-        one, two = (read_tokenizer(m.files).get_vocab() for m in (original, other))
-        if one != two:
-            differ = sum(two.get(token) != number for token, number in one.items())
-            raise DataError(
-                f"the tokenizers differ in {differ:,} of {len(one):,} tokens.",
-                hint="compare models that share a tokenizer.",
-            )
-
-
-def _measure(session: Session, module: nn.Module) -> Measured:
-    task = session.model.task
-    return measure(
-        session.model,
-        lambda batch: task.forward(module, batch),
-        session.data.audit,
+def _measure(session: Session, other: Model, matched: Matched = EVERYTHING) -> Measured:
+    """Run both on the audit data; answers are numbered as the original's."""
+    data = session.data
+    found = measure(
+        matched.before(session.model),
+        matched.after(other),
+        data.audit,
         session.divergence,
         progress=session.progress,
-        answers=session.data.answers,
+        answers=matched.answers(data.answers),
         closely=True,
     )
+    return matched.in_places(found)
+
+
+def _located(session: Session, other: Model, verdict: Verdict, measured: Measured) -> Verdict:
+    """Say where NaN or infinity begins, where there is any."""
+    bad = measured.sample[~np.isfinite(measured.divergence)]
+    if not len(bad):
+        return verdict
+    batch = _batch_of(session, int(bad[0]))
+    for model in (session.model, other):
+        run = partial(model.task.forward, model.module, batch)
+        part = first_not_finite(model.module, run)
+        if part is not None:
+            kind = type(model.module.get_submodule(part)).__name__
+            where = f"its part {part} ({kind})" if part else f"the whole module ({kind})"
+            reason = f"in {model.name}, the first NaN or infinity leaves {where}"
+            return replace(verdict, reasons=(*verdict.reasons, reason))
+    return verdict
+
+
+def _batch_of(session: Session, sample: int) -> Batch:
+    """The batch of the audit data that holds a sample."""
+    for batch in session.data.audit:
+        count = len(next(iter(batch.values())))
+        if sample < count:
+            return batch
+        sample -= count
+    raise AssertionError("a sample that was measured is in a batch")
 
 
 def _weights(

@@ -42,7 +42,8 @@ def read_gguf_model(path: Path) -> Parts:
         raise ModelError(
             f"{path.name} holds a model of architecture {architecture!r}; "
             f"known from GGUF: {', '.join(FAMILIES)}",
-            hint="give the model as a Hugging Face folder (config.json, model.safetensors)",
+            hint="llama.cpp may run it; give the model as a Hugging Face folder (config.json, "
+            "model.safetensors)",
         )
     family = FAMILIES[architecture]
     config = _config(file, architecture, family)
@@ -81,7 +82,8 @@ def _config(file: GgufFile, architecture: str, family: Family) -> dict[str, Any]
     if scaling != "none" or "rope_freqs.weight" in file.tensors:
         raise ModelError(
             f"{file.path.name} uses scaled rotary positions, which are not read from GGUF",
-            hint="give the model as a Hugging Face folder (config.json, model.safetensors)",
+            hint="llama.cpp may run it; give the model as a Hugging Face folder (config.json, "
+            "model.safetensors)",
         )
     heads, width = stated("attention.head_count"), stated("embedding_length")
     head_width = file.metadata.get(f"{architecture}.attention.key_length", width // max(heads, 1))
@@ -130,7 +132,8 @@ def _name(name: str, family: Family) -> str:
     if found is None:
         raise ModelError(
             f"the GGUF file holds a tensor {name}, which a {family.model_type} model does not have",
-            hint="give the model as a Hugging Face folder (config.json, model.safetensors)",
+            hint="llama.cpp may run it; give the model as a Hugging Face folder (config.json, "
+            "model.safetensors)",
         )
     return found
 

@@ -15,6 +15,7 @@ from attar import disk
 from attar.errors import AttarError, ModelError, OutputError
 from attar.load.builders import build_empty, tied_names
 from attar.load.extras import import_extra
+from attar.load.openers import quantized
 from attar.load.parts import Parts
 from attar.load.tensor_files import (
     float32_bytes,
@@ -54,10 +55,7 @@ def read_huggingface(folder: Path) -> Parts:
     """
     config = _read_json(folder / "config.json")
     if "quantization_config" in config:
-        raise ModelError(
-            f"{folder.name} holds a model that is quantized already",
-            hint="give the folder of the model in 16 or 32 bits",
-        )
+        raise quantized(folder.name, config["quantization_config"])
     if not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{folder.name}/config.json does not state a model_type",

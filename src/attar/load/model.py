@@ -21,6 +21,7 @@ from attar.load.catalogue import CATALOGUE, built_in
 from attar.load.degrid import degrid
 from attar.load.gguf_model import read_gguf_model
 from attar.load.huggingface import read_huggingface, save_huggingface
+from attar.load.openers import not_opened
 from attar.load.parts import Parts
 from attar.records import Architecture, Batch, Model, Task
 
@@ -102,7 +103,7 @@ def _read_parts(name: str, *, accept_licence: bool) -> Parts:
             is_gguf = file.read(4) == b"GGUF"
         if is_gguf or path.suffix.lower() == ".gguf":
             return read_gguf_model(path)
-        raise ModelError(
+        raise not_opened(path) or ModelError(
             f"{path.name} is no model file known here",
             hint="give a GGUF file, or the folder that holds config.json and model.safetensors",
         )
@@ -129,7 +130,7 @@ def _read_folder(folder: Path) -> Parts:
             "to compress again, start from the original model",
         )
     if not (folder / "config.json").is_file():
-        raise ModelError(
+        raise not_opened(folder) or ModelError(
             f"{folder} holds neither config.json nor attar.json",
             hint="give a folder that transformers' save_pretrained or Attar wrote",
         )

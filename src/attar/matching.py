@@ -1,0 +1,258 @@
+"""Whether two models can be compared, in what part, and how they differ where they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attar.audit.fidelity import Forward, Measured
+from attar.errors import DataError
+from attar.inputs import read_tokenizer
+from attar.records import Batch, Model
+from attar.session import Session
+
+TOKENIZER, LABELS = "tokenizer.json", "labels.txt"
+TEXT_TASKS = ("language", "transcribe")
+# Differences that are named one by one.
+NAMED = 3
+FEWEST_SHARED = 2
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Which outputs of two models mean the same.
+
+    Attributes:
+        own: Places among the original's outputs; None for all.
+        theirs: Places among the other's, in the same order.
+        notes: What could not be compared.
+    """
+
+    own: Tensor | None = None
+    theirs: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def before(self, model: Model) -> Model:
+        """The original with the shared outputs alone."""
+        return model if self.own is None else _narrowed(model, self.own)
+
+    def after(self, model: Model) -> Forward:
+        """Outputs of the other model that the original shares."""
+        narrowed = model if self.theirs is None else _narrowed(model, self.theirs)
+        return lambda batch: narrowed.task.forward(narrowed.module, batch)
+
+    def answers(self, answers: Sequence[int]) -> Sequence[int]:
+        """True answers by their places among the shared outputs; -1 for one that is not shared."""
+        if self.own is None:
+            return answers
+        place = {number: at for at, number in enumerate(self.own.tolist())}
+        return [place.get(answer, -1) for answer in answers]
+
+    def in_places(self, measured: Measured) -> Measured:
+        """Answers by the original's own numbers again."""
+        if self.own is None or not len(measured.answer_before):
+            return measured
+        own = self.own.numpy()
+        return replace(
+            measured,
+            answer_before=own[measured.answer_before],
+            answer_after=own[measured.answer_after],
+            truth=own[measured.truth],
+        )
+
+
+def _narrowed(model: Model, places: Tensor) -> Model:
+    forward = model.task.forward
+
+    def some(module: nn.Module, batch: Batch) -> Tensor:
+        return forward(module, batch).index_select(-1, places)
+
+    return replace(model, task=replace(model.task, forward=some))
+
+
+def match(session: Session, other: Model) -> Matched:
+    """Find the outputs of two models that mean the same.
+
+    Raises:
+        DataError: They answer different questions, read different inputs, or share too little.
+    """
+    original = session.model
+    if original.task.name != other.task.name:
+        raise DataError(
+            f"{original.name} answers {original.task.name} and {other.name} {other.task.name}.",
+            hint="compare two models of the same task.",
+        )
+    widths = _width(original, original.examples), _width(other, other.examples)
+    matched = Matched()
+    if original.task.name in TEXT_TASKS:
+        matched = _same_tokens(original, other, widths)
+        _check_tokens(session, matched)
+    elif original.task.name == "classify" and _labels(original) and _labels(other):
+        matched = _same_labels(original, other, widths)
+    elif widths[0] != widths[1]:
+        raise DataError(
+            f"{original.name} gives {widths[0]:,} numbers and {other.name} {widths[1]:,}, and "
+            "nothing names them.",
+            hint="compare models with the same outputs, or put a labels.txt beside both.",
+        )
+    _check_inputs(session, other)
+    return replace(matched, notes=(*_pictures(original, other), *matched.notes))
+
+
+def _width(model: Model, batch: Batch) -> int:
+    with torch.no_grad():
+        return int(model.task.forward(model.module, batch).shape[-1])
+
+
+# ---------------------------------------------------------------------------------------------
+# tokens
+
+
+def _same_tokens(original: Model, other: Model, widths: tuple[int, int]) -> Matched:
+    """Take what both vocabularies begin with, where one is the other with more after it."""
+    known = [
+        read_tokenizer(m.files).get_vocab() if m.files.get(TOKENIZER) else None
+        for m in (original, other)
+    ]
+    shared = min(widths)
+    if known[0] is not None and known[1] is not None:
+        _check_vocabularies(original, other, known[0], known[1])
+        if len(known[0]) != len(known[1]):
+            shared = min(shared, len(known[0]), len(known[1]))
+    elif widths[0] != widths[1]:
+        raise DataError(
+            f"{original.name} has {widths[0]:,} tokens and {other.name} {widths[1]:,}, and not "
+            "both come with a tokenizer.json that names them.",
+            hint="put each model's tokenizer.json beside it.",
+        )
+    if (shared, shared) == widths:
+        return Matched()
+    places = torch.arange(shared)
+    note = (
+        f"{original.name} has {widths[0]:,} outputs and {other.name} {widths[1]:,}: compared on "
+        f"the first {shared:,}, which stand for the same tokens in both"
+    )
+    return Matched(places, places, (note,))
+
+
+def _check_vocabularies(
+    original: Model, other: Model, one: Mapping[str, int], two: Mapping[str, int]
+) -> None:
+    """Refuse tokenizers that give a number to different tokens."""
+    names = [{number: token for token, number in known.items()} for known in (one, two)]
+    both = sorted(names[0].keys() & names[1].keys())
+    apart = [number for number in both if names[0][number] != names[1][number]]
+    if not apart:
+        return
+    examples = ", ".join(
+        f"{number} is {names[0][number]!r} and {names[1][number]!r}" for number in apart[:NAMED]
+    )
+    raise DataError(
+        f"the tokenizers differ: {original.name} has {len(one):,} tokens and {other.name} "
+        f"{len(two):,}, and {len(apart):,} numbers stand for different ones, first {examples}.",
+        hint="compare models that share a tokenizer.",
+    )
+
+
+def _check_tokens(session: Session, matched: Matched) -> None:
+    """Refuse audit data with tokens that only one of the two knows."""
+    if matched.own is None:
+        return
+    name = "tokens" if session.model.task.name == "language" else "decoder_tokens"
+    highest = max(int(batch[name].max()) for batch in session.data.audit)
+    if highest >= len(matched.own):
+        raise DataError(
+            f"the audit data holds the token {highest:,}, which only {session.model.name} knows: "
+            f"both know {len(matched.own):,}.",
+            hint="give a text without special tokens with --data, or exchange the two models.",
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# labels
+
+
+def _labels(model: Model) -> list[str]:
+    return model.files.get(LABELS, b"").decode("utf-8", errors="replace").splitlines()
+
+
+def _same_labels(original: Model, other: Model, widths: tuple[int, int]) -> Matched:
+    """Pair the outputs by their names where the names are not the same."""
+    one, two = _labels(original), _labels(other)
+    named = (len(one), len(two)) == widths
+    if widths[0] == widths[1] and (one == two or not named):
+        return Matched()
+    if not named:
+        raise DataError(
+            f"{original.name} has {widths[0]:,} classes and {other.name} {widths[1]:,}, and their "
+            f"{LABELS} name {len(one):,} and {len(two):,}.",
+            hint=f"put the right {LABELS} beside each, one name a line.",
+        )
+    place = {name: at for at, name in enumerate(two) if two.count(name) == 1}
+    shared = [(at, place[n]) for at, n in enumerate(one) if n in place and one.count(n) == 1]
+    how = _how_labels_differ(original, other, one, two)
+    if len(shared) < FEWEST_SHARED:
+        raise DataError(
+            f"{how}; they share {len(shared)}.", hint="compare models of one label set."
+        )
+    own, theirs = torch.tensor(shared).unbind(1)
+    left = "" if len(shared) == len(one) == len(two) else ", and the rest is left out"
+    return Matched(own, theirs, (f"{how}: compared by name on {len(shared):,} labels{left}",))
+
+
+def _how_labels_differ(original: Model, other: Model, one: list[str], two: list[str]) -> str:
+    apart = [(at, *pair) for at, pair in enumerate(zip(one, two, strict=False)) if len({*pair}) > 1]
+    examples = ", ".join(f"class {at} is {a!r} and {b!r}" for at, a, b in apart[:NAMED])
+    first = f", first {examples}" if examples else ""
+    return (
+        f"the labels differ: {original.name} has {len(one):,} and {other.name} {len(two):,}{first}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# inputs
+
+
+def _check_inputs(session: Session, other: Model) -> None:
+    """Refuse a model that cannot read what the original reads."""
+    first = {name: tensor[:1] for name, tensor in session.data.audit[0].items()}
+    try:
+        found = _width(other, first)
+    except Exception as fault:  # whatever a module raises that reads something else
+        shapes = [_shapes(model.examples) for model in (session.model, other)]
+        reason = (str(fault).splitlines() or [""])[0]
+        raise DataError(
+            f"{session.model.name} reads {shapes[0]} and {other.name} {shapes[1]}, which cannot "
+            f"read the same data: {type(fault).__name__}: {reason[:200]}",
+            hint="compare models that read inputs of the same names and sizes.",
+        ) from fault
+    assert found > 0
+
+
+def _shapes(batch: Batch) -> str:
+    """Names and sizes of one sample's inputs."""
+    sides = {name: " × ".join(map(str, tensor.shape[1:])) for name, tensor in batch.items()}
+    return ", ".join(f"{name} of {side or 1}" for name, side in sides.items())
+
+
+def _pictures(original: Model, other: Model) -> tuple[str, ...]:
+    """Say that pictures are scaled as the original wants them, where the other wants otherwise."""
+    one, two = (m.architecture.config.get("picture") for m in (original, other))
+    if not isinstance(one, Mapping) or not isinstance(two, Mapping):
+        return ()
+    apart = [name for name in one if name in two and _plain(one[name]) != _plain(two[name])]
+    said = ", ".join(f"{name} {one[name]} and {two[name]}" for name in apart)
+    if not apart:
+        return ()
+    return (
+        f"{original.name} and {other.name} want pictures otherwise ({said}): both were given them "
+        f"as {original.name} wants them",
+    )
+
+
+def _plain(value: object) -> object:
+    """A setting so that a tuple and a list of the same numbers are alike."""
+    return list(value) if isinstance(value, list | tuple) else value

@@ -153,7 +153,8 @@ def _parted(one: Mapping[str, Any]) -> RenderableType:
     table.add_row("prompt", Text(one["prompt"].strip()[-SHOWN_CHARACTERS:], "bold"))
     for side, key in (("original", "before"), ("compressed", "after")):
         marked = f"{one['same'][-SHOWN_CHARACTERS:]}>>{one[key]}<<"
-        table.add_row(side, Text(f"{marked}{one[f'{key}_rest'][:SHOWN_CHARACTERS]}".strip()))
+        text = f"{marked}{one[f'{key}_rest'][:SHOWN_CHARACTERS]}".strip()
+        table.add_row(side, Text(text.replace("\n", "↵")))
     table.add_row("", "")
     return table
 
@@ -162,7 +163,7 @@ def choices_parts(choices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     """Right answers to multiple-choice questions, by file and by group."""
     if not choices:
         return []
-    numbers = ("questions", "right before", "after", "right, then wrong", "reverse", "other", "p")
+    numbers = ("asked", "right before", "after", "lost", "won", "other", "p")
     table = plain_table("choices", *numbers, right=numbers)
     for one in choices:
         rows = [(one["name"], one["plain"], one["p_plain"])]
@@ -173,7 +174,9 @@ def choices_parts(choices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
         for name, truth, p in rows:
             table.add_row(Text(name), *([] if truth is None else _choice_cells(truth, p)))
     ratios = ", ".join(_ratio_text(one) for one in choices)
-    return [table, Text(f"probability of the true choice, after over before: {ratios}"), Text("")]
+    words = "lost: right, then wrong; won: the reverse; other: wrong in another way"
+    last = f"probability of the true choice, after over before: {ratios}"
+    return [table, Text(words), Text(last), Text("")]
 
 
 def _choice_cells(truth: Mapping[str, Any], p: float) -> list[str]:

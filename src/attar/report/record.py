@@ -181,9 +181,7 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "treatments_responsible": _by_treatment(verdict.responsible),
         "rollbacks": [asdict(one) for one in verdict.rollbacks],
         "unattributed": verdict.unattributed,
-        "generation": None if verdict.generation is None else asdict(verdict.generation),
-        "choices": [asdict(one) for one in verdict.choices],
-        "notes": list(verdict.notes),
+        **_in_use(verdict),
         "policy": {"name": verdict.policy, "sha256": verdict.policy_sha256},
         "groups": [_group(group) for group in verdict.groups],
         "changed": [asdict(changed) for changed in verdict.changed],
@@ -206,6 +204,15 @@ def _by_treatment(responsible: Sequence[Responsible]) -> list[dict[str, Any]]:
             line["share"] += one.share
     lines = [{"treatment": name, **line} for name, line in found.items()]
     return sorted(lines, key=lambda line: -line["nats"])
+
+
+def _in_use(verdict: Verdict) -> dict[str, Any]:
+    """How language models write and answer, and what could not be compared."""
+    return {
+        "generation": None if verdict.generation is None else asdict(verdict.generation),
+        "choices": [asdict(one) for one in verdict.choices],
+        "notes": list(verdict.notes),
+    }
 
 
 def _estimate(estimate: Estimate | None) -> dict[str, float] | None:

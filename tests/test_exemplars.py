@@ -83,6 +83,16 @@ def test_an_exemplar_is_changed_by_most_and_in_the_same_way():
     assert exemplars.right_before is None and exemplars.rest_after is None
 
 
+def test_an_answer_that_cannot_be_seen_is_shown_in_quotes():
+    spaces = {0: " ", 1: "\n", 2: "c"}
+    one = replace(measured([1.0]), answer_before=np.array([0]), answer_after=np.array([1]))
+    known = replace(one, surprise_at=np.array([0]), truth=np.array([2]))
+    (shown,) = find_exemplars(
+        [known] * 3, [], seed=0, name_of=spaces.__getitem__, shown=[], decode=None
+    ).shown
+    assert (shown.before, shown.after, shown.truth) == ("' '", "'\\n'", "c")
+
+
 def test_right_answers_are_those_of_a_plain_loop():
     draws = np.random.default_rng(5)
     truth = draws.integers(0, 3, 200)

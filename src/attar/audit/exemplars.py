@@ -59,15 +59,19 @@ def find_exemplars(
     truth = np.full(len(forgotten), -1)
     truth[first.surprise_at] = first.truth
 
+    def named(answer: int) -> str:
+        name = name_of(answer)
+        return name if name.strip() else repr(name)  # a space or an end of line can be read too
+
     def show(i: int) -> Exemplar:
         where, text = place_of(first, i, shown, decode)
         return Exemplar(
             sample=where,
             shown=text,
             label=labels[first.sample[i]] if len(labels) else "",
-            before=name_of(int(first.answer_before[i])),
-            after=name_of(int(after[i])),
-            truth="" if truth[i] < 0 else name_of(int(truth[i])),
+            before=named(int(first.answer_before[i])),
+            after=named(int(after[i])),
+            truth="" if truth[i] < 0 else named(int(truth[i])),
             agreeing=int(agreeing[i]),
             divergence=float(divergence[i]),
         )

@@ -182,3 +182,11 @@ def test_the_interval_is_seeded():
 def test_one_sample_has_an_interval_of_no_width_and_functions_are_of_the_mean():
     found = bootstrap(np.array([1.0, 3.0]), np.array([4, 4]), seed=0, of=np.exp)
     assert found.value == found.low == found.high == pytest.approx(np.exp(2.0))
+
+
+@pytest.mark.parametrize("n", [1, 7, 33, 123])
+def test_samples_are_drawn_alike_however_many_at_once(monkeypatch, n):
+    whole = np.random.default_rng(3).integers(0, n, (fidelity.N_RESAMPLES, n))
+    for at_once in (1, 5 * n, 999 * n, 10**9):
+        monkeypatch.setattr(fidelity, "DRAWN_AT_ONCE", at_once)
+        assert np.array_equal(np.concatenate(list(fidelity.resamples(n, 3))), whole)

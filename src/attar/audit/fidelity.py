@@ -22,6 +22,7 @@ from attar.records import Batch, Estimate, Model, Progress
 # Predictions compared at once: the differences of 49,152 logits of each fit in 25 MB.
 ROWS_AT_ONCE = 128
 N_RESAMPLES = 1000
+DRAWN_AT_ONCE = 2**21  # 16 MB of places: of 60,000 questions all at once they would be 500
 # Temperatures among which each model's best is looked for, on predictions of so many numbers.
 TEMPERATURES = tuple(2.0 ** (k / 16) for k in range(-24, 25))
 TEMPERED_NUMBERS, TEMPERED_AT_LEAST = 2**25, 256
@@ -326,7 +327,13 @@ def bootstrap(
     _, place = np.unique(sample, return_inverse=True)
     sums = np.bincount(place, weights=values)
     counts = np.bincount(place)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (N_RESAMPLES, len(sums)))
-    means = of(sums[drawn].sum(1) / counts[drawn].sum(1))
-    low, high = np.quantile(means, [0.025, 0.975])
+    parts = [sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in resamples(len(sums), seed)]
+    low, high = np.quantile(of(np.concatenate(parts)), [0.025, 0.975])
     return Estimate(float(of(values.mean())), float(low), float(high))
+
+
+def resamples(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw N_RESAMPLES times from n samples with replacement, a few draws at a time, `draws n`."""
+    draws, at_once = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // n)
+    for start in range(0, N_RESAMPLES, at_once):
+        yield draws.integers(0, n, (min(at_once, N_RESAMPLES - start), n))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
-from attar.audit.fidelity import N_RESAMPLES, bootstrap
+from attar.audit.fidelity import bootstrap, resamples
 from attar.records import Estimate, Generation, Parted
 
 # Runs of so many tokens count as repeated.
@@ -105,8 +105,8 @@ def _equal(one: Tokens, other: Tokens) -> np.ndarray:
 
 def median(values: np.ndarray, seed: int) -> Estimate:
     """Median over prompts with a 95% interval, as `bootstrap` makes it of the mean."""
-    drawn = np.random.default_rng(seed).integers(0, len(values), (N_RESAMPLES, len(values)))
-    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
+    parts = [np.median(values[drawn], axis=1) for drawn in resamples(len(values), seed)]
+    low, high = np.quantile(np.concatenate(parts), [0.025, 0.975])
     return Estimate(float(np.median(values)), float(low), float(high))
 
 

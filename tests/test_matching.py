@@ -296,3 +296,19 @@ def test_what_cannot_be_opened_is_refused_by_an_audit(tmp_path, typed, monkeypat
     code, shown = typed("audit", *words)
     assert code == 2 and "small.tflite is a model of LiteRT" in shown.err
     assert "hint: ai-edge-litert runs it" in shown.err
+
+
+def test_a_model_that_answers_nan_is_not_let_write(text_here, typed):
+    module = random_model(LLAMA)
+    write_gguf(text_here / "a.gguf", module, LLAMA)
+    for name in ("up_proj", "down_proj"):
+        getattr(module.model.layers[1].mlp, name).weight.data.mul_(1e30)
+    write_gguf(text_here / "b.gguf", module, LLAMA)
+    words = ["audit", "a.gguf", "b.gguf", *FEW, "--generate", 2, "--json", "x.json"]
+    code, shown = typed(*words)
+    facts = json.loads((text_here / "x.json").read_text())
+    assert code == 1 and facts["generation"] is None
+    assert "neither let write nor asked" in facts["notes"][0]
+    words = " ".join(shown.out.split())
+    assert "in b.gguf, the first NaN or infinity leaves its part" in words
+    assert "model.layers.1.mlp.down_proj" in words

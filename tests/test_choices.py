@@ -106,6 +106,10 @@ def test_a_choice_follows_the_tokens_of_its_context():
     assert two == ([7, *encode("ab"), *encode(" de")], 3)
     # a space at the end of the context is the choice's
     assert rows_of(ChoiceItem("ab ", ("c", "de"), 0), encode, [7]) == [one, two]
+    assert rows_of(ChoiceItem("ab\n", ("c", "d"), 0), encode, [7])[0][0] == [
+        7, *encode("ab"), *encode("\nc"),
+    ]  # fmt: skip
+    assert rows_of(ChoiceItem(" ", ("c", "d"), 0), encode, [], [9])[0][0] == [9, *encode(" c")]
     assert rows_of(ChoiceItem("", ("c", "d"), 0), encode, [], [9])[0] == ([9, *encode("c")], 1)
     with pytest.raises(DataError, match="nothing stands before 'c'"):
         rows_of(ChoiceItem("", ("c", "d"), 0), encode, [])

@@ -46,8 +46,8 @@ def rows_of(
     Raises:
         DataError: Nothing stands before the choices, so their first token has no probability.
     """
-    context = item.context.rstrip(" ")
-    # A space at the end of a context belongs to the first word of the choice.
+    context = item.context.rstrip()
+    # As there: white space at the end of a context belongs to the first word of the choice.
     spaces = item.context[len(context) :]
     lead = [*start, *encode(context)] or list(begin)
     if not lead:

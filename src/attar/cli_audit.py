@@ -68,6 +68,13 @@ def audit_command(
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
     ] = False,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Also say how far explanations of answers moved.")
+    ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="For --drift: another training, to be shown beside."),
+    ] = None,
     signer: Annotated[
         str | None, typer.Option(metavar="HEX", help="For verify: whose key must have signed.")
     ] = None,
@@ -76,7 +83,7 @@ def audit_command(
     if original == "verify":
         return _verify(Path(compressed), signer)
     _check_evidence(evidence, sign)
-    from attar import judging, pipeline, serving
+    from attar import drifting, judging, pipeline, serving
     from attar.report.html import write_report
     from attar.report.junit import report_to_junit
     from attar.report.record import jsonable, verdict_to_json
@@ -84,11 +91,20 @@ def audit_command(
 
     first = recipe_of({**locals(), "model": original, "factory": None})
     second = Recipe(model=compressed, factory=factory, task=task, accept_licence=accept_licence)
+    third = None if reference is None else drifting.recipe_of(reference, second)
     for file in (json_file, junit):
         check_file(file)
     limits = None if policy is None else judging.open_policy(policy)
     with open_progress() as progress:
-        found = pipeline.audit(first, second, policy=limits, attribute=attribute, progress=progress)
+        found = pipeline.audit(
+            first,
+            second,
+            policy=limits,
+            attribute=attribute,
+            drift=drift,
+            reference=third,
+            progress=progress,
+        )
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))

@@ -138,7 +138,7 @@ def judge_models(session: Session, other: Model) -> Verdict:
     Raises:
         DataError: The two do not answer the same question.
     """
-    _check_comparable(session.model, other)
+    check_comparable(session.model, other)
     with session.timed("audit"):
         measured = _measure(session, other.module)
         verdict = judge(
@@ -152,14 +152,18 @@ def judge_models(session: Session, other: Model) -> Verdict:
         return with_details(verdict, **_details(session, other, measured))  # type: ignore[arg-type]
 
 
-def _check_comparable(original: Model, other: Model) -> None:
+def check_comparable(original: Model, other: Model) -> None:
+    """Refuse a model that does not answer the question of the original.
+
+    Raises:
+        DataError: Another task, other inputs, other answers, or another tokenizer.
+    """
     if original.task.name != other.task.name:
         raise DataError(
             f"{original.name} answers {original.task.name} and {other.name} {other.task.name}.",
             hint="compare two models of the same task.",
         )
-    with torch.no_grad():
-        widths = [m.task.forward(m.module, original.examples).shape[-1] for m in (original, other)]
+    widths = [_width(model, original.examples) for model in (original, other)]
     if widths[0] != widths[1]:
         raise DataError(
             f"{original.name} has {widths[0]} answers to choose from and {other.name} {widths[1]}.",
@@ -174,6 +178,19 @@ def _check_comparable(original: Model, other: Model) -> None:
                 f"the tokenizers differ in {differ:,} of {len(one):,} tokens.",
                 hint="compare models that share a tokenizer.",
             )
+
+
+def _width(model: Model, examples: Batch) -> int:
+    """Numbers in one answer."""
+    try:
+        with torch.no_grad():
+            return model.task.forward(model.module, examples).shape[-1]
+    except (RuntimeError, IndexError) as fault:  # torch's own, of shapes and of token numbers
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in examples.items())
+        raise DataError(
+            f"{model.name} does not take the inputs of the original ({shapes}).",
+            hint="compare models that read the same inputs.",
+        ) from fault
 
 
 def _measure(session: Session, module: nn.Module) -> Measured:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attar import decide, equalising, judging, pipeline, serving
+from attar import decide, drifting, equalising, judging, pipeline, serving
 from attar.errors import PlanError
 from attar.export.text_file import write_whole
 from attar.load.folder import is_attar_folder, load_folder, read_folder
@@ -263,25 +263,42 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
     return _Made(model, known, decide.follow(session, plan, statistics), session)
 
 
-def audit(model: Model, small: Model, data: Arrays = None, *, seed: int = 0) -> Audit:
+def audit(
+    model: Model,
+    small: Model,
+    data: Arrays = None,
+    *,
+    seed: int = 0,
+    drift: bool = False,
+    reference: Model | None = None,
+) -> Audit:
     """Compare two models that answer the same question, on data that no plan was made with.
 
     Args:
+        drift: Also say how far explanations of predictions moved.
+        reference: Another training of the model, say, whose drift is shown beside.
         small: From `apply`, or any other model.
         data: The same as given to `explain`; its audit split is used.
 
     Raises:
         DataError: The two do not answer the same question.
     """
+    drifting.check_asked(None, drift=drift, reference=reference is not None)
     made = _made.get(id(small))
     if made is not None and made.model is model and data is None:
         session = made.session
     else:
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
+    if drift:
+        drifting.check_models(session, small, reference)
     if made is None or made.model is not model:
         verdict = judging.judge_models(session, small)
+    else:
+        verdict = judging.judge_compressed(session, small, made.decided)
+    if drift:
+        verdict = drifting.with_drift(session, small, verdict, reference)
+    if made is None or made.model is not model:
         return Audit(verdict, serving.audit_report(session, small, verdict, None))
-    verdict = judging.judge_compressed(session, small, made.decided)
     bare = serving.audit_report(session, small, verdict, None)
     relevance = decide.relevance(made.explanation.statistics)
     facts = replace(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from attar import attributing, decide, equalising, judging, serving, writing
+from attar import attributing, decide, drifting, equalising, judging, serving, writing
 from attar.audit.policy import Policy, with_policy
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -248,6 +248,8 @@ def audit(
     *,
     policy: Policy | None = None,
     attribute: bool = False,
+    drift: bool = False,
+    reference: Recipe | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compare any two models that answer the same question, on the first one's audit data.
@@ -255,13 +257,21 @@ def audit(
     Args:
         policy: Limits that the verdict is held to beside its own rule, from `judging.open_policy`.
         attribute: Whether to say which units' changes are responsible for what was lost.
+        drift: Whether to say how far explanations of predictions moved.
+        reference: A third model that answers the same question, shown beside the drift.
     """
+    drifting.check_asked(policy, drift=drift, reference=reference is not None)
     session = open_recipe(original, progress)
     other = open_model(compressed)
+    third = None if reference is None else open_model(reference)
+    if drift:
+        drifting.check_models(session, other, third)
     verdict = judging.judge_models(session, other)
     if attribute:
         treatments = attributing.treatments_of(Path(compressed.model))
         verdict = attributing.with_attribution(session, other, verdict, treatments)
+    if drift:
+        verdict = drifting.with_drift(session, other, verdict, third)
     report = serving.audit_report(session, other, verdict, Path(compressed.model))
     if policy is None:
         return report

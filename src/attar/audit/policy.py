@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from attar.errors import SettingError
-from attar.records import Check, Estimate, SliceFound, Truth, Verdict
+from attar.records import Check, Drift, Estimate, SliceFound, Truth, Verdict
 
 OUTCOMES = ("passed", "undecided", "failed")
 ANY_SLICE, SIZE = "any_slice", "size"
@@ -46,6 +46,14 @@ def _lost_accuracy(truth: Truth | None) -> Found:
     return Estimate(0.0 - change.value, 0.0 - change.high, 0.0 - change.low)  # without a -0
 
 
+def _lost_agreement(drift: Drift | None) -> Found:
+    """1 minus the mean rank correlation of the explanations, so that less is better."""
+    if drift is None:
+        return None
+    found = drift.row("compressed").every["rank_correlation"]
+    return Estimate(1 - found.value, 1 - found.high, 1 - found.low)
+
+
 LIMITS: Mapping[str, Callable[[Verdict], Found]] = {
     "divergence": lambda v: v.divergence,
     "divergence_p95": lambda v: _exactly(v.divergence_p95),
@@ -58,6 +66,7 @@ LIMITS: Mapping[str, Callable[[Verdict], Found]] = {
     "calibration_error": lambda v: (
         _exactly(v.truth.calibration_after.ece) if v.truth and v.truth.calibration_after else None
     ),
+    "drift": lambda v: _lost_agreement(v.drift),
 }
 SLICE_LIMITS: Mapping[str, Callable[[SliceFound], Found]] = {
     "divergence": lambda s: s.divergence,

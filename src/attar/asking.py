@@ -1,4 +1,4 @@
-"""Which predictions are explained to compare two models' reasons, and from which baseline."""
+"""Which predictions are explained to compare two models' reasons, and along which path."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import normalize
 
 from attar.audit.fidelity import Measured, measure
-from attar.explain.integrated_gradients import STEPS, Asked, explained_input
+from attar.explain.integrated_gradients import Asked, Way, explained_input
 from attar.records import Batch
 from attar.session import Session
 
@@ -19,6 +19,8 @@ MOST = {"language": 32, "transcribe": 8}
 MOST_OTHERWISE = 64
 # Of a text, a prediction is explained by at least so many tokens and at most so many.
 FEWEST_TOKENS, MOST_TOKENS = 8, 64
+# Of the path of a text, which bends more than that of a picture.
+TEXT_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,14 @@ def name_of(session: Session, one: Prediction) -> str:
     return f"sample {one.sample}{token}"
 
 
-def baseline_of(session: Session) -> Tensor | None:
-    """Means of the columns, of tables; of anything else zeros."""
+def way_of(session: Session) -> Way:
+    """Choose where explanations start: of tables at the means of the columns, else at zeros."""
+    if session.model.task.name == "language":
+        return Way(kept=1, steps=TEXT_STEPS)
     if not _is_table(session):
-        return None
+        return Way()
     name = explained_input(session.data.audit[0])
-    return torch.cat([batch[name] for batch in session.data.calibration]).mean(0)
+    return Way(torch.cat([batch[name] for batch in session.data.calibration]).mean(0))
 
 
 def _is_table(session: Session) -> bool:
@@ -151,6 +155,8 @@ def method_of(session: Session) -> str:
     path = "over the numbers of the input, from zeros"
     if not first.is_floating_point():
         path = "over the vectors of the tokens, summed for each token, from zeros"
+        if way_of(session).kept:
+            path += " (but the first token, on which attention rests, stays)"
     elif _is_table(session):
         path = "over the columns, from their means in the calibration data"
     elif first.dim() == 4:
@@ -158,4 +164,4 @@ def method_of(session: Session) -> str:
     what = "the output, along the original's own"
     if session.divergence.family == "categorical":
         what = "the log-probability of the original's most likely answer"
-    return f"integrated gradients of {what}, {path}, {STEPS} steps"
+    return f"integrated gradients of {what}, {path}, {way_of(session).steps} steps"

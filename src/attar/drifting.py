@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attar import judging
-from attar.asking import Prediction, baseline_of, choose, method_of, name_of
+from attar.asking import Prediction, choose, method_of, name_of, way_of
 from attar.audit.drift import compare, means, stratified
 from attar.audit.policy import Policy
 from attar.errors import DataError, SettingError
@@ -112,7 +112,7 @@ def with_drift(
         rows, after = [], before
         for role, model in _models(session, compressed, reference):
             found = _explained(session, model, predictions)
-            pairs = [compare(*pair) for pair in zip(before, found, strict=True)]
+            pairs = _compared(session, before, found)
             rows.append(_row(role, model.name, pairs, changed, share_changed, session.recipe.seed))
             if role == "compressed":
                 after = found
@@ -179,10 +179,10 @@ def _explained(
     session: Session, model: Explained, predictions: Sequence[Prediction]
 ) -> list[np.ndarray]:
     """Explain each prediction; pictures as a map, summed over their channels."""
-    baseline = baseline_of(session)
+    way = way_of(session)
 
     def explain(one: Prediction) -> np.ndarray:
-        parts = integrated_gradients(model, one.inputs, one.asked, baseline).double()
+        parts = integrated_gradients(model, one.inputs, one.asked, way).double()
         if not bool(parts.isfinite().all()):
             raise DataError(
                 f"the explanation of {name_of(session, one)} by {model.name} is not finite.",
@@ -203,14 +203,22 @@ def _explained(
     return found
 
 
+def _compared(
+    session: Session, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+) -> list[dict[str, float]]:
+    """Hold explanations against each other; what the path leaves as it is has no part in them."""
+    kept = way_of(session).kept
+    return [compare(one[kept:], two[kept:]) for one, two in zip(before, after, strict=True)]
+
+
 def _gap(
     session: Session, predictions: Sequence[Prediction], before: Sequence[np.ndarray]
 ) -> float:
     """How far the original's parts are from summing to what they should."""
-    original, baseline = _original(session), baseline_of(session)
+    original, way = _original(session), way_of(session)
 
     def change(one: Prediction) -> float:
-        return whole_change(original, one.inputs, one.asked, baseline)
+        return whole_change(original, one.inputs, one.asked, way)
 
     whole = np.array(list(in_order(change, predictions)))
     sums = np.array([parts.sum() for parts in before])
@@ -273,7 +281,7 @@ def _shown(
     first = session.data.audit[0][explained_input(session.data.audit[0])]
     if first.is_floating_point() and first.dim() != 4:
         return ()
-    alike = [compare(*pair)["rank_correlation"] for pair in zip(before, after, strict=True)]
+    alike = [one["rank_correlation"] for one in _compared(session, before, after)]
     order = sorted(range(len(alike)), key=lambda i: (not predictions[i].changed, alike[i]))
     return tuple(
         SideBySide(

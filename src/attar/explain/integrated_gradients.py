@@ -8,6 +8,10 @@ so nothing is counted twice or left out. x' is the baseline, an input that says 
 (pictures, tables, sound) are followed themselves; of tokens the vectors are followed that the
 embedding gives for them, from zero, and the parts of each vector are summed to one number a token.
 
+On the path of a language model its first token can stay as it is: attention rests on it (Xiao et
+al. 2023, Efficient streaming language models with attention sinks, https://arxiv.org/abs/2309.17453),
+and while its vector grows from zero that sets in with a jump, which no few steps follow.
+
 Source: Sundararajan, Taly and Yan 2017, Axiomatic attribution for deep networks,
 https://arxiv.org/abs/1703.01365, eq. 1 and proposition 1 (completeness). The integral is by the
 midpoint rule; they sum at the right end of each step (eq. 3).
@@ -27,9 +31,9 @@ from attar.explain.sampling import tracked
 from attar.records import Batch, Task
 from attar.sites import Call, substituted, watched
 
-# Steps of the path, and how many of its points are run at once: what waits for the way back of a
-# picture of 224 by 224 takes about 100 MB a point.
-STEPS, POINTS_AT_ONCE = 16, 4
+# Points of the path that are run at once: what waits for the way back of a picture of 224 by 224
+# takes about 100 MB a point.
+POINTS_AT_ONCE = 4
 # Names that a model's input goes by, in the order in which they are looked for.
 INPUTS = ("inputs", "pixels", "features", "tokens")
 
@@ -47,6 +51,21 @@ class Explained:
     task: Task
     module: nn.Module
     weights: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Way:
+    """The path that explanations follow.
+
+    Attributes:
+        baseline: x', in the shape of the input without the sample; None: zeros. Of numbers only.
+        kept: First tokens that are in x' what they are in x.
+        steps: Of the sum that stands for the integral.
+    """
+
+    baseline: Tensor | None = None
+    kept: int = 0
+    steps: int = 16
 
 
 @dataclass(frozen=True)
@@ -80,14 +99,12 @@ def integrated_gradients(
     model: Explained,
     sample: Batch,
     asked: Asked,
-    baseline: Tensor | None = None,
-    steps: int = STEPS,
+    way: Way,
 ) -> Tensor:
     """Explain one prediction of one sample.
 
     Args:
         sample: A batch of one.
-        baseline: x', in the shape of the input without the sample; None: zeros. Of numbers only.
 
     Returns:
         In the shape of the input without the sample; of tokens, `tokens`.
@@ -96,25 +113,23 @@ def integrated_gradients(
         DataError: No gradient of the answer reaches the input.
     """
     total = torch.zeros(())
-    middles = (torch.arange(steps) + 0.5) / steps
+    middles = (torch.arange(way.steps) + 0.5) / way.steps
     for points in torch.split(middles, POINTS_AT_ONCE):
-        answers, leaf, whole = _along(model, sample, asked, baseline, points)
+        answers, leaf, whole = _along(model, sample, asked, way, points)
         slopes = (whole * _gradient(model, answers.sum(), leaf)).sum(0)
-        total = total + slopes / steps
+        total = total + slopes / way.steps
     return total if sample[explained_input(sample)].is_floating_point() else total.sum(-1)
 
 
-def whole_change(
-    model: Explained, sample: Batch, asked: Asked, baseline: Tensor | None = None
-) -> float:
+def whole_change(model: Explained, sample: Batch, asked: Asked, way: Way) -> float:
     """f(x) − f(x'), which the parts should sum to."""
-    answers, _, _ = _along(model, sample, asked, baseline, torch.tensor([0.0, 1.0]))
+    answers, _, _ = _along(model, sample, asked, way, torch.tensor([0.0, 1.0]))
     start, end = answers.detach().double()
     return float(end - start)
 
 
 def _along(
-    model: Explained, sample: Batch, asked: Asked, baseline: Tensor | None, points: Tensor
+    model: Explained, sample: Batch, asked: Asked, way: Way, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the model at points of the path.
 
@@ -127,8 +142,8 @@ def _along(
     batch = {key: t.expand(len(points), *t.shape[1:]) for key, t in sample.items()}
     x = sample[name]
     if not x.is_floating_point():
-        return _along_embedding(model, batch, asked, batch[name], points)
-    start = torch.zeros_like(x) if baseline is None else baseline.to(x.dtype).expand_as(x)
+        return _along_embedding(model, batch, asked, way.kept, points)
+    start = torch.zeros_like(x) if way.baseline is None else way.baseline.to(x).expand_as(x)
     leaf = _between(start, x, points)
     # A copy goes in: a model may change its input in place, which a leaf does not allow.
     with torch.enable_grad(), substituted(model.module, model.weights):
@@ -137,18 +152,21 @@ def _along(
 
 
 def _along_embedding(
-    model: Explained, batch: Batch, asked: Asked, tokens: Tensor, points: Tensor
+    model: Explained, batch: Batch, asked: Asked, kept: int, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for the vectors that tokens are looked up as."""
     met: list[tuple[Tensor, Tensor]] = []
+    tokens = batch[explained_input(batch)]
 
     def visit(call: Call) -> Tensor:
         output = call.run()
         if met or call.operation != "embedding" or not _same(call.input, tokens):
             return output
-        whole = output.detach()[:1]
-        leaf = _between(torch.zeros_like(whole), whole, points)
-        met.append((leaf, whole))
+        end = output.detach()[:1]
+        start = torch.zeros_like(end)
+        start[:, :kept] = end[:, :kept]
+        leaf = _between(start, end, points)
+        met.append((leaf, end - start))
         return leaf.clone()
 
     # The inner of the two is asked first, while the weight is still the model's own.

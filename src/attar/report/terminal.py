@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attar.report.audit_text import responsible_parts, slice_parts, truth_rows
+from attar.report.drift_text import drift_parts
 from attar.report.layout import facts_table, heading, plain_table, render
 from attar.report.record import (
     clean_text,
@@ -62,6 +63,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         Text(""),
         *slice_parts(facts["slices"]),
         *responsible_parts(facts),
+        *drift_parts(facts["drift"]),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
     ]

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from report_cases import efficientnet
 from scipy.spatial import distance
 from scipy.stats import spearmanr
 from test_attribution import Text, random, spoilt
@@ -41,7 +42,7 @@ from attar.explain.integrated_gradients import (
 from attar.judging import judge_models, open_policy
 from attar.load.tasks import TASKS
 from attar.records import Architecture, Recipe, Silent
-from attar.report.drift_text import drift_page, drift_parts
+from attar.report.drift_text import caution_text, drift_page, drift_parts
 from attar.report.html import report_to_html
 from attar.report.layout import render
 from attar.report.record import jsonable, verdict_to_json
@@ -590,6 +591,14 @@ def test_texts_are_put_side_by_side_and_told_without_colour():
     assert f"another answer, {verdict.drift.n_changed}" in text
     mean = verdict.drift.row("compressed").stayed["rank_correlation"].value
     assert f"{mean:.3f}" in text
+
+
+def test_a_floor_that_moved_itself_is_said_to_say_little():
+    facts = verdict_to_json(efficientnet().verdict)["drift"]
+    assert caution_text(facts) == ""
+    facts["rows"][0]["every"]["rank_correlation"]["value"] = 0.7
+    assert "rank correlation of 0.70: explanations of this model are brittle" in caution_text(facts)
+    assert "brittle" in render(drift_parts(facts), 1000, False)
 
 
 def test_where_drift_was_not_asked_for_nothing_is_said_of_it():

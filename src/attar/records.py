@@ -856,7 +856,7 @@ class UnitShare:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The explanation of one prediction by both models, each summing to 1 by size.
+    """The explanation of one prediction by both models, as shares of the size of all its parts.
 
     Attributes:
         sample: Which, for people.
@@ -864,7 +864,7 @@ class SideBySide:
         changed: Whether the compressed model answers something else.
         rank_correlation: Of the two.
         tokens: Of a text; else empty.
-        before: Of a text, its tokens in one row; of a picture, its rows, made coarse.
+        before: Of a text, its tokens in one row; of a picture, its rows, summed into few cells.
     """
 
     sample: str

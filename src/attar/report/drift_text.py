@@ -32,6 +32,8 @@ ROLES = {
     "reference": "reference",
     "ceiling": "ceiling",
 }
+# Rank correlation below which the floor is one in name only.
+STEADY_FLOOR = 0.9
 # Layers of which is told how their share of the relevance fell, and as many of which it rose.
 UNITS_SHOWN = 3
 # A share that moved by less is not worth a word; all stand in the JSON.
@@ -59,7 +61,7 @@ def drift_parts(drift: Mapping[str, Any] | None) -> list[RenderableType]:
         Text(f"explanations: {drift['method']}"),
         *tables,
         Text(names),
-        Text(gap_text(drift)),
+        Text(f"{gap_text(drift)} {caution_text(drift)}".strip()),
         *(Text(line) for line in _moved_lines(drift["units"])),
         Text(""),
     ]
@@ -81,6 +83,17 @@ def gap_text(drift: Mapping[str, Any]) -> str:
     return (
         "The parts of an explanation should sum to what the answer gains over the baseline; they "
         f"miss it by {percent_text(drift['completeness_gap'], 2)} of it, on average."
+    )
+
+
+def caution_text(drift: Mapping[str, Any]) -> str:
+    """Say so where even the floor moved; "" where it did not."""
+    floor = drift["rows"][0]["every"]["rank_correlation"]["value"]
+    if floor >= STEADY_FLOOR:
+        return ""
+    return (
+        f"Rounding to 8 bits alone leaves a rank correlation of {floor:.2f}: explanations of this "
+        "model are brittle, and a loss of that size says little."
     )
 
 
@@ -115,6 +128,7 @@ def drift_page(drift: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "roles": ROLES,
         "groups": list(drift_groups(drift)),
         "gap": gap_text(drift),
+        "caution": caution_text(drift),
         "units": [*fell, *reversed(rose)],
         "maps": [_map_pair(one) for one in drift["shown"] if not one["tokens"]],
         "texts": [_text_pair(one) for one in drift["shown"] if one["tokens"]],

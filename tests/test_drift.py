@@ -434,6 +434,32 @@ def test_the_ceiling_holds_the_numbers_of_each_weight_in_another_order():
         assert not torch.equal(rounded, own)
 
 
+def embed_session():
+    tokens = torch.randint(0, 250, (40, 6), generator=torch.Generator().manual_seed(1))
+    data = {"tokens": tokens, "attention": torch.ones_like(tokens)}
+    return open_session(Recipe("toy", task="embed"), toys.sentence_model(), Silent(), data)
+
+
+def regress_session():
+    module, examples = toy_code.regressor()
+    model = attar.load(module, examples=examples, task="regress")
+    data = {"inputs": toy_code.samples(90)}
+    return open_session(Recipe("toy", task="regress"), model, Silent(), data)
+
+
+@pytest.mark.parametrize("make", [embed_session, regress_session])
+def test_outputs_that_are_no_answers_are_explained_along_their_own_direction(make):
+    session = make()
+    verdict = drifted(session, 0.2)
+    found = verdict.drift
+    assert "of the output, along the original's own" in found.method
+    assert found.n_changed is None and found.n_stayed > 9 and found.completeness_gap < 0.05
+    order = [every(found, role) for role in ("floor", "compressed", "ceiling")]
+    assert order[0] > 0.98 and order[0] > order[1] > 0.6 > order[2] + 0.1
+    text = render(drift_parts(verdict_to_json(verdict)["drift"]), 100, False)
+    assert f"all predictions, {found.n_stayed}" in text and "answer," not in text
+
+
 def test_a_unit_that_was_cut_loses_its_share():
     session = classifier_session()
     other = spoilt(session, {})
@@ -653,6 +679,23 @@ def test_a_bad_reference_is_two_lines_and_exit_code_two(small, capsys, reference
     assert main([*audit, "--reference", reference]) == 2
     error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
     assert error.startswith("error: ") and said in error and hint.startswith("hint: ")
+
+
+def test_an_onnx_file_is_refused_on_the_command_line(small, capsys):
+    pytest.importorskip("onnxruntime")
+    folder, audit = small
+    out = folder / "graph"
+    data = audit[audit.index("--data") + 1]
+    typed = [audit[1], "--task", "classify", "--data", data]
+    assert main(["compress", *typed, "--size", "9kB", "--to", "onnx", "--out", str(out)]) in (
+        0,
+        1,
+        3,
+    )
+    assert main(["audit", audit[1], str(out), *typed[1:], "--drift"]) == 2
+    error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert error.startswith("error: ") and "is an ONNX graph, which gives no gradients" in error
+    assert hint.startswith("hint: audit the folder that Attar writes with --to attar")
 
 
 def test_python_gives_the_same_as_the_command_line(small):

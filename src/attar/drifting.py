@@ -119,7 +119,7 @@ def with_drift(
         drift = Drift(
             method=method_of(session),
             n_stayed=int((~changed).sum()),
-            n_changed=int(changed.sum()),
+            n_changed=int(changed.sum()) if session.model.task.family == "categorical" else None,
             share_changed=share_changed,
             completeness_gap=_gap(session, predictions, before),
             rows=tuple(rows),

@@ -883,7 +883,7 @@ class Drift:
     Attributes:
         method: What is explained, and from which baseline, in words.
         n_stayed: Predictions explained of which the answer is still the original's.
-        n_changed: Of which it is another one.
+        n_changed: Of which it is another one; None where outputs are no choice among answers.
         share_changed: Of all predictions that could have been chosen.
         completeness_gap: How far the parts of the original's explanations are from summing to
             what they should, mean, over the mean size of what they should sum to.
@@ -894,7 +894,7 @@ class Drift:
 
     method: str
     n_stayed: int
-    n_changed: int
+    n_changed: int | None
     share_changed: float
     completeness_gap: float
     rows: tuple[DriftRow, ...]

@@ -71,7 +71,8 @@ def drift_groups(
     drift: Mapping[str, Any],
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Predictions that stayed and that changed, each with a row for each model."""
-    for key, name in (("stayed", "same answer"), ("changed", "another answer")):
+    same = "all predictions" if drift["n_changed"] is None else "same answer"
+    for key, name in (("stayed", same), ("changed", "another answer")):
         count = drift[f"n_{key}"]
         if count:
             rows = [dict(row, found=row[key]) for row in drift["rows"]]

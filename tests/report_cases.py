@@ -21,6 +21,8 @@ from attar.records import (
     Calibration,
     Changed,
     ChoicesFound,
+    Drift,
+    DriftRow,
     Estimate,
     Generation,
     Leftover,
@@ -31,8 +33,10 @@ from attar.records import (
     Responsible,
     Rollback,
     Round,
+    SideBySide,
     SliceFound,
     Truth,
+    UnitShare,
     Verdict,
 )
 
@@ -52,6 +56,40 @@ def truth_found(n, accuracy, lost):
         0.083,
         Calibration(0.041, 0.31, 1.09, 0.032),
         Calibration(0.067, 0.36, 1.19, 0.035),
+    )
+
+
+def drift_found(shown, n_changed=3, names=("_blocks.3", "_fc"), reference="a second training"):
+    """Between a floor and a ceiling, a quarter of the way down."""
+
+    def row(role, model, agreement):
+        found = {
+            name: Estimate(value, value - 0.02, value + 0.01)
+            for name, value in (
+                ("rank_correlation", agreement),
+                ("top_agreement", agreement - 0.1),
+                ("sign_agreement", agreement - 0.05),
+                ("cosine", agreement - 0.01),
+                ("structural_similarity", agreement - 0.2),
+                ("mass_moved", 0.5 * (1 - agreement)),
+            )
+        }
+        return DriftRow(role, model, found, found, found if n_changed else None)
+
+    return Drift(
+        method="integrated gradients of what was asked for, from zeros, 16 steps",
+        n_stayed=61,
+        n_changed=n_changed,
+        share_changed=0.0312,
+        completeness_gap=0.021,
+        rows=(
+            row("floor", "the original in 8 bits", 0.98),
+            row("compressed", "candidate", 0.81),
+            row("reference", reference, 0.54),
+            row("ceiling", "shuffled weights", 0.02),
+        ),
+        units=(UnitShare(names[0], 0.31, 0.24), UnitShare(names[1], 0.12, 0.19)),
+        shown=shown,
     )
 
 
@@ -103,6 +141,20 @@ def language_verdict(choices, units):
             ),
         ),
         token_divergence=tokens(),
+        drift=drift_found(
+            (
+                SideBySide(
+                    "sample 3, token 17",
+                    "Paris",
+                    True,
+                    0.43,
+                    ("The", " capital", " is\n"),
+                    ((0.0, 0.7, -0.3),),
+                    ((0.0, 0.2, 0.8),),
+                ),
+            ),
+            names=("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ),
     )
 
 
@@ -239,6 +291,19 @@ def efficientnet():
             Rollback(("_blocks.3", "_fc"), 201_000, 0.035, 0.034),
         ),
         jensen_shannon=Estimate(0.0141, 0.011, 0.019),
+        drift=drift_found(
+            (
+                SideBySide(
+                    "picture coffee",
+                    "espresso",
+                    True,
+                    0.61,
+                    (),
+                    ((0.1, 0.4), (-0.2, 0.3)),
+                    ((0.5, 0.1), (0.4, 0.0)),
+                ),
+            )
+        ),
         truth=truth_found(96, 0.78, 0.05),
         slices=tuple(
             SliceFound(
@@ -391,6 +456,11 @@ def hostile():
             changed=(Changed(HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1.0),),
             continuations=((HOSTILE, HOSTILE, HOSTILE),),
             token_divergence=((HOSTILE, 0.5), ("</title>", 1.0)),
+            drift=drift_found(
+                (SideBySide(HOSTILE, HOSTILE, True, 0.1, (HOSTILE,), ((1.0,),), ((-1.0,),)),),
+                names=(HOSTILE, f"{HOSTILE}."),
+                reference=HOSTILE,
+            ),
         ),
         slice_relevance={HOSTILE: dict.fromkeys(names.values(), 0.1)},
         head_relevance={next(iter(names.values())): [0.1, 0.2]},

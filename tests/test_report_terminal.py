@@ -105,6 +105,21 @@ def test_slices_and_true_answers_are_told():
     assert "0.40% of the divergence is in no layer's weights" in text
 
 
+def test_drift_is_told_from_the_floor_to_the_ceiling():
+    text = audit_to_text(efficientnet().verdict)
+    lines = [line.split() for line in text.splitlines()]
+    rows = [line for line in lines if line[:1] in (["floor"], ["reference"], ["ceiling"])]
+    mine = [line for line in lines if line[:2] == ["this", "model"]]
+    assert len(mine) == 2 and len(rows) == 6  # same answer, another answer
+    assert mine[0][2:] == ["0.810", "0.790", "to", "0.820", "0.71", "0.76", "0.80", "0.61", "0.10"]
+    assert [line[0] for line in rows[:3]] == ["floor", "reference", "ceiling"]
+    text = " ".join(text.split())
+    assert "same answer, 61" in text and "another answer, 3" in text
+    assert "reference: a second training" in text and "they miss it by 2.1% of it" in text
+    assert "share of relevance that fell most: _blocks.3 31.0% to 24.0%" in text
+    assert "share of relevance that rose most: _fc 12.0% to 19.0%" in text
+
+
 def test_markup_in_names_is_text():
     text = report_to_text(hostile(), 100)
     assert "[red]" in text

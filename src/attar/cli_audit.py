@@ -26,6 +26,7 @@ from attar.options import (
     ChoiceFiles,
     DataPath,
     Degrid,
+    DriftAsked,
     Evidence,
     Factory,
     Generate,
@@ -34,6 +35,7 @@ from attar.options import (
     PolicyFile,
     Prompts,
     Recovery,
+    Reference,
     ReportFolder,
     Seed,
     Sign,
@@ -72,6 +74,8 @@ def audit_command(
     evidence: Evidence = None,
     sign: Sign = None,
     attribute: Attribute = False,
+    drift: DriftAsked = False,
+    reference: Reference = None,
     generate: Generate = None,
     prompts: Prompts = None,
     choices: ChoiceFiles = None,
@@ -90,10 +94,23 @@ def audit_command(
         for one in compressed
     ]
     asked = Behaviours(generate or 0, prompts, tuple(choices or ()))
-    wishes = {"policy": _limits(policy), "attribute": attribute, "behaviours": asked}
+    wishes = {
+        "policy": _limits(policy),
+        "attribute": attribute,
+        "drift": drift,
+        "reference": None if reference is None else _like(others[0], reference),
+        "behaviours": asked,
+    }
     if len(others) > 1:
         return _audit_all(first, others, wishes, json_file, report)
     return _audit_one(first, others[0], wishes, json_file, report, junit, (evidence, sign))
+
+
+def _like(compressed: Recipe, reference: str) -> Recipe:
+    """Ask for the reference as for the compressed model."""
+    from attar import drifting
+
+    return drifting.recipe_of(reference, compressed)
 
 
 def _audit_one(

@@ -21,7 +21,7 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from attar import attributing, comparing, decide, equalising, judging, pipeline, serving
+from attar import attributing, comparing, decide, drifting, equalising, judging, pipeline, serving
 from attar.audited import Audit, Audits
 from attar.errors import DataError, PlanError, SettingError
 from attar.load.folder import is_attar_folder, load_folder, read_folder
@@ -241,7 +241,14 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
 
 @overload
 def audit(
-    model: Model, small: Model, data: Arrays = None, *, seed: int = 0, attribute: bool = False
+    model: Model,
+    small: Model,
+    data: Arrays = None,
+    *,
+    seed: int = 0,
+    attribute: bool = False,
+    drift: bool = False,
+    reference: Model | None = None,
 ) -> Audit: ...
 
 
@@ -252,7 +259,6 @@ def audit(
     data: Arrays = None,
     *,
     seed: int = 0,
-    attribute: bool = False,
 ) -> Audits: ...
 
 
@@ -263,6 +269,8 @@ def audit(
     *,
     seed: int = 0,
     attribute: bool = False,
+    drift: bool = False,
+    reference: Model | None = None,
 ) -> Audit | Audits:
     """Compare models that answer the same question, on data that no plan was made with.
 
@@ -271,14 +279,17 @@ def audit(
             show what compression forgets.
         data: The same as given to `explain`; its audit split is used.
         attribute: Whether to say which units' changes are responsible for what was lost.
+        drift: Whether to say how far explanations of predictions moved.
+        reference: Another training of the model, say, whose drift is shown beside.
 
     Raises:
         DataError: They do not answer the same question.
     """
+    drifting.check_asked(None, drift=drift, reference=reference is not None)
     if not isinstance(small, Model):
-        if attribute:
+        if attribute or drift:
             raise SettingError(
-                "attribute looks at one compressed model.",
+                "attribute and drift look at one compressed model.",
                 hint="call audit with each model alone.",
             )
         return _audit_all(model, tuple(small), data, seed)
@@ -287,15 +298,19 @@ def audit(
         session = made.session
     else:
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
+    if drift:
+        drifting.check_models(session, small, reference)
     if made is None:
-        verdict = judging.judge_models(session, small)
-        if attribute:
-            verdict = attributing.with_attribution(session, small, verdict, {})
-        return Audit(verdict, serving.audit_report(session, small, verdict, None))
-    verdict = judging.judge_compressed(session, small, made.decided)
-    if attribute:
+        verdict, done = judging.judge_models(session, small), {}
+    else:
+        verdict = judging.judge_compressed(session, small, made.decided)
         done = {name: one.treatment for name, one in made.decided.plan.choices.items()}
+    if attribute:
         verdict = attributing.with_attribution(session, small, verdict, done)
+    if drift:
+        verdict = drifting.with_drift(session, small, verdict, reference)
+    if made is None:
+        return Audit(verdict, serving.audit_report(session, small, verdict, None))
     bare = serving.audit_report(session, small, verdict, None)
     relevance = decide.relevance(made.explanation.statistics)
     facts = replace(

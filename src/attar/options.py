@@ -135,6 +135,13 @@ Sign = Annotated[
 Attribute = Annotated[
     bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
 ]
+DriftAsked = Annotated[
+    bool, typer.Option("--drift", help="Also say how far explanations of answers moved.")
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="For --drift: another training, to be shown beside."),
+]
 Signer = Annotated[
     str | None, typer.Option(metavar="HEX", help="For verify: whose key must have signed.")
 ]

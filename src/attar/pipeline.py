@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attar import attributing, behaving, comparing, decide, equalising, judging, serving, writing
+from attar import (
+    attributing,
+    behaving,
+    comparing,
+    decide,
+    drifting,
+    equalising,
+    judging,
+    serving,
+    writing,
+)
 from attar.audit.fidelity import Measured
 from attar.audit.policy import Policy, with_policy
 from attar.explain import CRITERIA
@@ -253,6 +263,8 @@ def audit(
     *,
     policy: Policy | None = None,
     attribute: bool = False,
+    drift: bool = False,
+    reference: Recipe | None = None,
     behaviours: Behaviours = NOTHING_MORE,
     progress: Progress | None = None,
 ) -> Report:
@@ -261,9 +273,13 @@ def audit(
     Args:
         policy: Limits that the verdict is held to beside its own rule, from `judging.open_policy`.
         attribute: Whether to say which units' changes are responsible for what was lost.
+        drift: Whether to say how far explanations of predictions moved.
+        reference: A third model that answers the same question, shown beside the drift.
         behaviours: What language models are asked to do beside predicting the audit data.
     """
-    asked = Asked(policy, attribute, behaviours, behaving.read_asked(behaviours))
+    drifting.check_asked(policy, drift=drift, reference=reference is not None)
+    read = behaving.read_asked(behaviours)
+    asked = Asked(policy, attribute, drift, reference, behaviours, read)
     session = open_recipe(original, progress)
     behaving.check_asked(session.model, behaviours)
     return _audited(session, compressed, asked)[0]
@@ -275,11 +291,15 @@ def audit_all(
     *,
     policy: Policy | None = None,
     attribute: bool = False,
+    drift: bool = False,
+    reference: Recipe | None = None,
     behaviours: Behaviours = NOTHING_MORE,
     progress: Progress | None = None,
 ) -> Population:
     """Compare several models with one original, each as `audit` does, and find what all forget."""
-    asked = Asked(policy, attribute, behaviours, behaving.read_asked(behaviours))
+    drifting.check_asked(policy, drift=drift, reference=reference is not None)
+    read = behaving.read_asked(behaviours)
+    asked = Asked(policy, attribute, drift, reference, behaviours, read)
     session = open_recipe(original, progress)
     behaving.check_asked(session.model, behaviours)
     reports, measured = zip(*(_audited(session, one, asked) for one in compressed), strict=True)
@@ -292,6 +312,8 @@ class Asked:
 
     policy: Policy | None
     attribute: bool
+    drift: bool
+    reference: Recipe | None
     behaviours: Behaviours
     read: behaving.Read
 
@@ -299,11 +321,16 @@ class Asked:
 def _audited(session: Session, compressed: Recipe, asked: Asked) -> tuple[Report, Measured]:
     """Open one model and hold it against the session's."""
     other = open_model(compressed)
+    third = None if asked.reference is None else open_model(asked.reference)
+    if asked.drift:
+        drifting.check_models(session, other, third)
     verdict, measured = judging.compare_models(session, other)
     verdict = behaving.with_behaviours(session, other, verdict, asked.behaviours, asked.read)
     if asked.attribute:
         treatments = attributing.treatments_of(Path(compressed.model))
         verdict = attributing.with_attribution(session, other, verdict, treatments)
+    if asked.drift:
+        verdict = drifting.with_drift(session, other, verdict, third)
     report = serving.audit_report(session, other, verdict, Path(compressed.model))
     if asked.policy is None:
         return report, measured

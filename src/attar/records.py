@@ -932,6 +932,85 @@ class Behaviours:
 
 
 @dataclass(frozen=True)
+class DriftRow:
+    """How like the original's explanations those of one other model are.
+
+    Attributes:
+        role: "floor", "compressed", "reference" or "ceiling".
+        model: What it is, in words.
+        every: Measure to its mean over all predictions, changed ones counted by their true share.
+        stayed: Over predictions whose answer is still the original's; None where there is none.
+        changed: Over those whose answer is another one now; None where there is none.
+    """
+
+    role: str
+    model: str
+    every: Mapping[str, Estimate]
+    stayed: Mapping[str, Estimate] | None
+    changed: Mapping[str, Estimate] | None
+
+
+@dataclass(frozen=True)
+class UnitShare:
+    """Share of the relevance of all units that one has in both models."""
+
+    unit: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The explanation of one prediction by both models, as shares of the size of all its parts.
+
+    Attributes:
+        sample: Which, for people.
+        answer: What is explained: the original's most likely answer.
+        changed: Whether the compressed model answers something else.
+        rank_correlation: Of the two.
+        tokens: Of a text; else empty.
+        before: Of a text, its tokens in one row; of a picture, its rows, summed into few cells.
+    """
+
+    sample: str
+    answer: str
+    changed: bool
+    rank_correlation: float
+    tokens: tuple[str, ...]
+    before: tuple[tuple[float, ...], ...]
+    after: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether two models give the same reasons, on predictions that changed and that did not.
+
+    Attributes:
+        method: What is explained, and from which baseline, in words.
+        n_stayed: Predictions explained of which the answer is still the original's.
+        n_changed: Of which it is another one; None where outputs are no choice among answers.
+        share_changed: Of all predictions that could have been chosen.
+        completeness_gap: How far the parts of the original's explanations are from summing to
+            what they should, mean, over the mean size of what they should sum to.
+        rows: From the floor to the ceiling.
+        units: Every unit that both have, by how much its share rose, those that fell most first.
+        shown: Some, changed ones first.
+    """
+
+    method: str
+    n_stayed: int
+    n_changed: int | None
+    share_changed: float
+    completeness_gap: float
+    rows: tuple[DriftRow, ...]
+    units: tuple[UnitShare, ...]
+    shown: tuple[SideBySide, ...]
+
+    def row(self, role: str) -> DriftRow:
+        return next(row for row in self.rows if row.role == role)
+
+
+@dataclass(frozen=True)
 class Check:
     """One limit and what was found.
 
@@ -980,6 +1059,7 @@ class Verdict:
         generation: How both go on with prompts; None where that was not asked for.
         choices: How both answer multiple-choice questions, by file.
         notes: What a reader should know: what could not be compared.
+        drift: Whether the reasons are still the same; None where it was not asked for.
     """
 
     outcome: str
@@ -1012,6 +1092,7 @@ class Verdict:
     generation: Generation | None = None
     choices: tuple[ChoicesFound, ...] = ()
     notes: tuple[str, ...] = ()
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from attar.errors import SettingError
-from attar.records import Check, ChoicesFound, Estimate, SliceFound, Truth, Verdict
+from attar.records import Check, ChoicesFound, Drift, Estimate, SliceFound, Truth, Verdict
 
 OUTCOMES = ("passed", "undecided", "failed")
 ANY_SLICE, ANY_CHOICES, SIZE = "any_slice", "any_choices", "size"
@@ -50,6 +50,14 @@ def _lost_accuracy(truth: Truth | None) -> Found:
     return Estimate(0.0 - change.value, 0.0 - change.high, 0.0 - change.low)  # without a -0
 
 
+def _lost_agreement(drift: Drift | None) -> Found:
+    """1 minus the mean rank correlation of the explanations, so that less is better."""
+    if drift is None:
+        return None
+    found = drift.row("compressed").every["rank_correlation"]
+    return Estimate(1 - found.value, 1 - found.high, 1 - found.low)
+
+
 LIMITS: Mapping[str, Callable[[Verdict], Found]] = {
     "divergence": lambda v: v.divergence,
     "divergence_p95": lambda v: _exactly(v.divergence_p95),
@@ -65,6 +73,7 @@ LIMITS: Mapping[str, Callable[[Verdict], Found]] = {
     "first_divergent_token": lambda v: v.generation.first_divergent_token if v.generation else None,
     "equal_tokens": lambda v: v.generation.equal_tokens if v.generation else None,
     "repetition_increase": lambda v: v.generation.repetition_change if v.generation else None,
+    "drift": lambda v: _lost_agreement(v.drift),
 }
 # Limits that are the least that may be.
 AT_LEAST = frozenset({"first_divergent_token", "equal_tokens"})

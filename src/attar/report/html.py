@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from attar.errors import OutputError
 from attar.report import wording
+from attar.report.drift_text import drift_page
 from attar.report.flow import draw_flow
 from attar.report.network import draw_network, head_strips, log_place, slice_table
 from attar.report.record import report_to_json
@@ -53,6 +54,7 @@ def page_text(facts: dict[str, Any]) -> str:
         strips=head_strips(facts["units"]),
         slices=slice_table(facts["units"], facts["slices"]),
         spread=divergence_marks(verdict),
+        drift=drift_page(verdict["drift"]),
         groups=paired_bars(verdict["groups"]),
         tokens=tint_tokens(verdict["token_divergence"]),
         generation_rows=wording.GENERATION_ROWS,

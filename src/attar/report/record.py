@@ -182,6 +182,7 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "rollbacks": [asdict(one) for one in verdict.rollbacks],
         "unattributed": verdict.unattributed,
         **_in_use(verdict),
+        "drift": None if verdict.drift is None else asdict(verdict.drift),
         "policy": {"name": verdict.policy, "sha256": verdict.policy_sha256},
         "groups": [_group(group) for group in verdict.groups],
         "changed": [asdict(changed) for changed in verdict.changed],

@@ -19,6 +19,7 @@ from attar.report.audit_text import (
     slice_parts,
     truth_rows,
 )
+from attar.report.drift_text import drift_parts
 from attar.report.layout import bullet, facts_table, heading, plain_table, render
 from attar.report.record import (
     clean_text,
@@ -70,6 +71,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         *responsible_parts(facts),
         *choices_parts(facts["choices"]),
         *generation_parts(facts["generation"]),
+        *drift_parts(facts["drift"]),
         *_continuation_parts(facts["continuations"]),
         *_verdict_parts(facts),
         *(bullet("note:", note) for note in facts["notes"]),

@@ -13,7 +13,7 @@ that no step is done twice. An edited plan is carried out afresh.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attar import attributing, comparing, decide, drifting, equalising, judging, pipeline, serving
 from attar.audited import Audit, Audits
 from attar.errors import DataError, PlanError, SettingError
+from attar.explained import Explanation
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.records import (
     Model,
@@ -32,9 +33,8 @@ from attar.records import (
     Receipt,
     Recipe,
     Report,
-    Scores,
     Silent,
-    Statistics,
+    Verdict,
 )
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import biases, build_transform, materialise
@@ -43,24 +43,6 @@ from attar.writing import check_form
 
 Arrays = str | Path | Tensor | Mapping[str, Any] | None
 """A file or folder, the model's first input as one tensor, named inputs, or the default data."""
-
-
-class Explanation(Mapping[str, Scores]):
-    """Scores by criterion, with the statistics they came from."""
-
-    def __init__(self, session: Session, statistics: Statistics) -> None:
-        self.session = session
-        self.statistics = statistics
-        self._scores = pipeline.score_all(session, statistics)
-
-    def __getitem__(self, criterion: str) -> Scores:
-        return self._scores[criterion]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._scores)
-
-    def __len__(self) -> int:
-        return len(self._scores)
 
 
 @dataclass(frozen=True)
@@ -288,10 +270,8 @@ def audit(
     drifting.check_asked(None, drift=drift, reference=reference is not None)
     if not isinstance(small, Model):
         if attribute or drift:
-            raise SettingError(
-                "attribute and drift look at one compressed model.",
-                hint="call audit with each model alone.",
-            )
+            what = "attribute and drift look at one compressed model."
+            raise SettingError(what, hint="call audit with each model alone.")
         return _audit_all(model, tuple(small), data, seed)
     made = _made_from(model, small)
     if made is not None and data is None:
@@ -300,30 +280,38 @@ def audit(
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
     if drift:
         drifting.check_models(session, small, reference)
-    if made is None:
-        verdict, done = judging.judge_models(session, small), {}
-    else:
-        verdict = judging.judge_compressed(session, small, made.decided)
-        done = {name: one.treatment for name, one in made.decided.plan.choices.items()}
+    verdict, done = _judged(session, small, made)
     if attribute:
         verdict = attributing.with_attribution(session, small, verdict, done)
     if drift:
         verdict = drifting.with_drift(session, small, verdict, reference)
+    facts = serving.audit_report(session, small, verdict, None)
+    return Audit(verdict, facts if made is None else _with_plan(facts, made))
+
+
+def _judged(
+    session: Session, small: Model, made: _Made | None
+) -> tuple[Verdict, Mapping[str, str]]:
+    """Compare, and say what was done to each unit where it was done here."""
     if made is None:
-        return Audit(verdict, serving.audit_report(session, small, verdict, None))
-    bare = serving.audit_report(session, small, verdict, None)
+        return judging.judge_models(session, small), {}
+    choices = made.decided.plan.choices
+    verdict = judging.judge_compressed(session, small, made.decided)
+    return verdict, {name: choice.treatment for name, choice in choices.items()}
+
+
+def _with_plan(bare: Report, made: _Made) -> Report:
     relevance = decide.relevance(made.explanation.statistics)
-    facts = replace(
+    return replace(
         bare,
-        model=model.name,
+        model=made.model.name,
         plan=made.decided.plan,
-        receipt=Receipt(made.decided.receipt.applied, session.units.leftovers),
+        receipt=Receipt(made.decided.receipt.applied, bare.receipt.leftovers),
         scores=dict(made.explanation),
         head_relevance=relevance.heads,
         slice_relevance=relevance.slices,
         bytes_after=made.decided.plan.weight_bytes,
     )
-    return Audit(verdict, facts)
 
 
 def _audit_all(model: Model, small: Sequence[Model], data: Arrays, seed: int) -> Audits:

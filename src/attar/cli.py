@@ -172,6 +172,7 @@ def apply(
     plan_file: PlanFile,
     out: Out,
     size: SizeOrNone = None,
+    keep: Keep = None,
     factory: Factory = None,
     threads: Threads = 2,
     workers: Workers = "",
@@ -183,6 +184,8 @@ def apply(
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
+    if keep and size is None:
+        raise typer.BadParameter("--keep goes with --size; in a plan, edit the line of the unit")
     recipe = recipe_of({**locals(), "model": "", "size": size or ""})
     do = pipeline.apply_plan_file if size is None else pipeline.apply_frontier_file
     with open_progress() as progress:

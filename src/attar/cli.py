@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from attar.cli_audit import audit_command
+from attar.cli_view import view_command
 from attar.command_output import (
     check_file,
     check_one_of,
@@ -239,6 +240,7 @@ def explain(
 
 
 app.command(name="audit")(audit_command)
+app.command(name="view")(view_command)
 
 
 @app.command()

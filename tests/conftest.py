@@ -4,3 +4,5 @@ import os
 
 # Threads that wait by spinning make tiny operations forty times slower on a machine that is busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+pytest_plugins = ("browser_parts",)

@@ -41,8 +41,6 @@ class Making:
                 raise SettingError(
                     f"{self._folder} is being made.", hint="wait until it is; one at a time."
                 )
-            self._number += 1
-            self._state, self._lines, self._folder = "running", ["starting …"], str(folder)
             self._process = subprocess.Popen(
                 [*ATTAR, *words],
                 stdin=subprocess.DEVNULL,
@@ -51,6 +49,8 @@ class Making:
                 text=True,
                 errors="replace",
             )
+            self._number += 1
+            self._state, self._lines, self._folder = "running", ["starting …"], str(folder)
             threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
             return self._number
 

@@ -89,6 +89,7 @@ def open_report(folder: Path) -> Shown:
     if not isinstance(facts, dict) or facts.get("format_version") != FORMAT_VERSION:
         raise PlanError(f"{report / 'report.json'} is not a report of this version.", hint=_HINT)
     try:
+        facts.setdefault("frontier", None)  # written before there was one
         facts["size"]["folder"] = str(report.parent if report.name == "report" else folder)
         units = Units(tuple(_unit(line) for line in facts["units"]), ())
         recipes: list[Recipe] = []

@@ -13,7 +13,7 @@ from attar import decide, pipeline, sizing
 from attar.cli import main
 from attar.errors import PlanError
 from attar.load.model import load_model
-from attar.plan.frontier import corrected, faded, read_prices, spread_sizes
+from attar.plan.frontier import corrected, read_prices, spread_sizes
 from attar.records import FrontierPoint, Recipe, Silent
 from attar.report.curve import draw_frontier
 from attar.session import open_recipe, open_session
@@ -49,16 +49,6 @@ def test_beyond_what_was_measured_a_correction_far_from_one_is_not_sure():
 def test_a_ratio_of_noise_corrects_nothing():
     (only,) = corrected([point(10, 1e-9, 1e-7)], 1e-6)
     assert only.corrected_damage == 1e-9
-
-
-def test_a_correction_from_one_size_fades_with_the_distance_in_damage():
-    points = [point(10, 10.0), point(20, 1.0), point(40, 0.1), point(80, 0.0)]
-    one, two, three, four = faded(points, point(20, 1.0, 6.0), 1e-6)
-    assert two.corrected_damage == pytest.approx(6.0)
-    assert one.corrected_damage == pytest.approx(10 * 6 ** math.exp(-1))
-    assert three.corrected_damage == pytest.approx(0.1 * 6 ** math.exp(-1))
-    assert four.corrected_damage == 0.0
-    assert not one.is_sure and not three.is_sure
 
 
 def test_the_drawing_stays_inside_its_edges():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attar import decide, writing
 from attar.decide import BYTES_SPARE_PER_UNIT, SMALLEST_CORRECTED, Candidates, Decided
-from attar.plan.frontier import corrected, faded, spread_sizes
+from attar.plan.frontier import corrected, spread_sizes
 from attar.plan.solve import weight_bytes
 from attar.records import Budget, Candidate, Frontier, FrontierPoint, Statistics
 from attar.session import Session
@@ -57,7 +57,7 @@ def around(
     seen = FrontierPoint(
         first.weight_bytes, first.predicted_damage, first.predicted_damage, first.measured_damage
     )
-    found = faded(points, seen, SMALLEST_CORRECTED)
+    found = corrected([*points, seen], SMALLEST_CORRECTED)[:-1]
     ordered = sorted([*found, _made(decided)], key=lambda point: point.weight_bytes)
     return _frontier(session, candidates, tuple(ordered), overhead)
 

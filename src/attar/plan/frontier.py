@@ -70,29 +70,6 @@ def corrected(points: Sequence[FrontierPoint], smallest_damage: float) -> tuple[
     return tuple(_corrected(point, known) for point in points)
 
 
-def faded(
-    points: Sequence[FrontierPoint], seen: FrontierPoint, smallest_damage: float
-) -> tuple[FrontierPoint, ...]:
-    """Correct by what was measured at one size alone: the further away in damage, the less.
-
-    A factor found at 8 bits may be that of what no price counts, and says nothing of 2 bits. Its
-    logarithm falls by e for each tenfold of damage, which is our choice, not a law.
-
-    Args:
-        smallest_damage: See `corrected`.
-    """
-
-    def fade(point: FrontierPoint) -> FrontierPoint:
-        if min(point.predicted_damage, seen.predicted_damage) <= 0:
-            return point
-        tenfolds = abs(math.log10(point.predicted_damage / seen.predicted_damage))
-        ratio = point.corrected_damage / point.predicted_damage
-        near = ratio ** math.exp(-tenfolds)
-        return replace(point, corrected_damage=point.predicted_damage * near)
-
-    return tuple(fade(point) for point in corrected([*points, seen], smallest_damage)[:-1])
-
-
 def _corrected(point: FrontierPoint, known: Sequence[tuple[float, float]]) -> FrontierPoint:
     place = math.log(point.weight_bytes)
     ratio, far_apart = 0.0, not known

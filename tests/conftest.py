@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
+pytest_plugins = ("browser_parts",)
+
 
 @pytest.fixture
 def text_here(tmp_path, monkeypatch):

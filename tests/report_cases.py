@@ -11,6 +11,7 @@ from report_parts import (
     decide,
     group_claims,
     linear,
+    other_sizes,
     score,
     tokens,
     transformer_units,
@@ -236,6 +237,7 @@ def smollm2(folder=Path("out/smollm2")):
         peak_memory_bytes=1_912_000_000,
         forecast_memory_bytes=2_050_000_000,
         provenance=provenance("smollm2", "56MB"),
+        frontier=other_sizes("smollm2", units, choices, after, 2_350_000),
     )
 
 
@@ -339,6 +341,7 @@ def efficientnet():
         bytes_after=after,
         folder=Path("out/efficientnet-lite0"),
         provenance=provenance("efficientnet-lite0", "4.5MB"),
+        frontier=other_sizes("efficientnet-lite0", units, choices, after, 61_000),
     )
 
 
@@ -375,6 +378,7 @@ def audit_only():
         scores={},
         verdict=replace(good.verdict, outcome="undecided", groups=(), predicted_damage=0.0),
         folder=None,
+        frontier=None,
     )
 
 
@@ -422,6 +426,7 @@ def embedder():
         bytes_before=2 * sum(unit.n_weights for unit in units) + 5_000,
         bytes_after=after,
         folder=Path("out/minilm"),
+        frontier=None,
     )
 
 
@@ -465,6 +470,19 @@ def hostile():
         slice_relevance={HOSTILE: dict.fromkeys(names.values(), 0.1)},
         head_relevance={next(iter(names.values())): [0.1, 0.2]},
         provenance={HOSTILE: HOSTILE, "command": HOSTILE},
+        frontier=replace(
+            good.frontier,
+            recipe=replace(good.frontier.recipe, factory=HOSTILE),
+            points=tuple(
+                replace(
+                    point,
+                    choices={
+                        names[k]: replace(c, treatment=HOSTILE) for k, c in point.choices.items()
+                    },
+                )
+                for point in good.frontier.points
+            ),
+        ),
     )
 
 

@@ -4,7 +4,17 @@ import random
 
 import torch
 
-from attar.records import Applied, Candidate, Cost, GroupClaim, Scores, Unit
+from attar.records import (
+    Applied,
+    Candidate,
+    Cost,
+    Frontier,
+    FrontierPoint,
+    GroupClaim,
+    Recipe,
+    Scores,
+    Unit,
+)
 
 SOURCE = (
     "The still was invented to separate what matters from what does not. "
@@ -120,3 +130,35 @@ def tokens():
     words = [piece for word in (SOURCE * 3).split(" ") for piece in ([" " + word[:4], word[4:]])]
     spread = [(word, min(6.0, draw.expovariate(4.5) ** 2.2 * 4)) for word in words if word]
     return ((spread[0][0].strip(), 0.0), *spread[1:40], ("\n", 0.003), *spread[40:])
+
+
+def other_sizes(model, units, choices, made_bytes, overhead, factor=1.4):
+    """A frontier around a plan, with bits that go up from point to point."""
+    points = []
+    for step in range(12):
+        bits = 1.5 + 0.5 * step
+        here = {
+            unit.name: Candidate(
+                unit.name,
+                "quantize_entropy",
+                {"bits": bits + 0.5 * (place % 3 == 0), "by_worth": True},
+                Cost(int(unit.n_weights * (bits + 0.5 * (place % 3 == 0)) / 8), unit.macs),
+                22.0 * 4.0**-bits / len(units),
+            )
+            for place, unit in enumerate(units)
+        }
+        size = overhead + sum(choice.cost.weight_bytes for choice in here.values())
+        lost = sum(choice.predicted_damage for choice in here.values())
+        points.append(
+            FrontierPoint(size, lost, factor * lost, None, size > made_bytes, choices=here)
+        )
+    points.append(FrontierPoint(made_bytes, 0.216, 0.392, 0.392, choices=choices, is_made=True))
+    weights = sum(unit.n_weights for unit in units)
+    return Frontier(
+        Recipe(model),
+        weights + 35_000,
+        2 * weights + 70_000,
+        tuple(sorted(points, key=lambda point: point.weight_bytes)),
+        {name: [choice] for name, choice in choices.items()},
+        overhead_bytes=overhead,
+    )

@@ -180,7 +180,7 @@ def uniform(session, statistics, bits):
         session, statistics, {u.name: [treatment] for u in session.units}
     )
     choices = {name: of[0] for name, of in candidates.items()}
-    found = decide._carry_out(session, choices, Budget(0), 0, statistics)
+    found = decide.carry_out(session, choices, Budget(0), 0, statistics)
     small = materialise(session.model.module, found.treated)
     return found.plan.weight_bytes, divergence_by_hand(session, small, session.data.recovery)
 
@@ -226,7 +226,7 @@ def test_the_least_bytes_there_are_survive_a_second_round(classifier):
     """Found by applying the first point of a frontier: the room to spare was asked for twice."""
     session, _, candidates, statistics = classifier
     least = decide.Trials(session, statistics).smallest(candidates)
-    size = decide._carry_out(session, least, Budget(9999), 0, statistics).plan.weight_bytes
+    size = decide.carry_out(session, least, Budget(9999), 0, statistics).plan.weight_bytes
     own = replace(session, recipe=replace(session.recipe, size=f"{size}B", rounds=2))
     assert decide.plan(own, candidates, statistics).plan.weight_bytes <= size
 

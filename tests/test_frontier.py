@@ -9,13 +9,13 @@ import pytest
 from test_decide import divergence_by_hand, sharp_classifier
 from toy_code import samples, save_data
 
-from attar import decide, pipeline
+from attar import decide, pipeline, sizing
 from attar.cli import main
 from attar.errors import PlanError
 from attar.load.model import load_model
 from attar.plan.frontier import corrected, read_prices, spread_sizes
 from attar.records import FrontierPoint, Recipe, Silent
-from attar.report.frontier import draw_frontier
+from attar.report.curve import draw_frontier
 from attar.session import open_recipe, open_session
 from attar.transform.apply import build_transform, materialise
 
@@ -52,11 +52,13 @@ def test_a_ratio_of_noise_corrects_nothing():
 
 
 def test_the_drawing_stays_inside_its_edges():
-    drawn = draw_frontier([point(10, 3.0, 5.0), point(20, 0.02), point(40, 1e-5)])
+    drawn = draw_frontier([point(10, 3.0, 5.0), point(20, 0.02), point(40, 1e-5)], 720, 400)
     for mark in drawn["marks"]:
         assert drawn["left"] <= mark["x"] <= drawn["width"] and 0 < mark["y"] <= drawn["floor"]
     assert [m["kind"] for m in drawn["marks"]] == ["measured", "sure", "sure"]
-    assert draw_frontier([point(10, 0.0)])["marks"] == []
+    assert draw_frontier([point(10, 0.0)], 720, 400)["marks"] == []
+    noise = draw_frontier([point(10, 0.1, -1e-9), point(20, 0.01)], 720, 400)["marks"]
+    assert [mark["kind"] for mark in noise] == ["measured", "sure"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_every_point_when_applied_loses_what_it_says_or_is_flagged():
     session = open_session(recipe, model, Silent(), {"inputs": samples(660)})
     statistics = decide.explain(session)
     candidates = decide.price(session, statistics)
-    points = decide.frontier(session, candidates, statistics).points
+    points = sizing.frontier(session, candidates, statistics).points
     for point in points:
         sized = replace(session, recipe=replace(recipe, size=f"{point.weight_bytes}B"))
         applied = decide.plan(sized, candidates, statistics)

@@ -144,7 +144,7 @@ def test_the_planner_gives_each_unit_its_signs_and_loses_less_than_three_for_all
     planned = solve(candidates, weight_bytes(even))
     for choices in (planned, even):
         assert weight_bytes(choices) <= weight_bytes(even)
-        done = decide._carry_out(session, choices, Budget(0), 0, statistics)
+        done = decide.carry_out(session, choices, Budget(0), 0, statistics)
         small = materialise(session.model.module, done.treated)
         lost.append(divergence_by_hand(session, small, session.data.recovery))
     assert len({c.settings["bits"] for c in solve(candidates, weight_bytes(even)).values()}) > 1

@@ -1,63 +1,21 @@
 """The page in a real browser, from a file, with every request to a network refused."""
 
-import os
-import shutil
-from pathlib import Path
+import shlex
+from fnmatch import fnmatchcase
 
 import pytest
+from browser_parts import choose, press, texts, visit
 from report_cases import CASES
 
 from attar.report.html import write_report
 
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.skip("chromium or chromedriver is not installed")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=Service(driver))
-    yield window
-    window.quit()
-
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     return {name: write_report(case(), root / name)[0] for name, case in CASES.items()}
-
-
-def visit(chromium, page: Path, width=1280, scheme="light", script=True):
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    scheme = {"name": "prefers-color-scheme", "value": scheme}
-    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    # A window that no one looks at has no focus, and tells no element of it.
-    chromium.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not script})
-    chromium.get(page.as_uri())
-    return chromium
 
 
 def names(window):
@@ -135,6 +93,116 @@ def test_filtering_shows_only_what_matches_and_counts_it(chromium, pages):
     assert chromium.find_element("id", "filter-count").text == "1 of 211 shown"
 
 
+def test_a_treatment_is_filtered_for_beside_the_words(chromium, pages):
+    visit(chromium, pages["language"])
+    choose(chromium, "filter-treatment", "zero_smallest")
+    shown = names(chromium)
+    assert chromium.find_element("id", "filter-count").text == f"{len(shown)} of 211 shown"
+    halved = [
+        choice.unit
+        for choice in CASES["language"]().plan.choices.values()
+        if choice.treatment == "zero_smallest"
+    ]
+    assert shown == halved
+    chromium.find_element("id", "filter").send_keys("layers.5.")
+    assert all(".5." in name for name in names(chromium))
+    choose(chromium, "filter-treatment", "")
+    assert len(names(chromium)) == 7
+
+
+def test_the_slider_begins_at_this_model_and_says_that_it_was_measured(chromium, pages):
+    visit(chromium, pages["language"])
+    assert texts(chromium, "size-now", "now-measured", "now-moved", "size-known") == [
+        "58.9 MB",
+        "0.392",
+        "0 of 211 units",
+        "measured: this model",
+    ]
+    assert chromium.execute_script("return document.querySelectorAll('.cell.moved').length") == 0
+    ring = chromium.find_element("css selector", ".curve .wide .here")
+    made = chromium.find_element("css selector", ".curve .wide circle.measured")
+    assert ring.get_attribute("cx") == made.get_attribute("cx")
+
+
+def test_arrow_keys_on_the_slider_move_the_plan_everywhere(chromium, pages):
+    from selenium.webdriver.common.keys import Keys
+
+    visit(chromium, pages["language"])
+    slider = chromium.find_element("id", "size")
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert texts(chromium, "size-now", "now-bits", "now-measured", "now-moved") == [
+        "56.8 MB",
+        "3.38",
+        "–",
+        "211 of 211 units",
+    ]
+    assert slider.get_attribute("aria-valuetext").startswith("56.8 MB, 0.48")
+    assert "predicted only, uncertain" in chromium.find_element("id", "size-known").text
+    row = chromium.find_element("id", "u1").get_property("textContent")
+    assert "→ quantize_entropy 3" in row
+    cell = chromium.find_element("css selector", ".picture tbody a.cell")
+    assert cell.text.startswith("3") and "moved" in cell.get_attribute("class")
+    assert "56.8 MB" in chromium.find_element("id", "picture-size").text
+    assert chromium.find_element("id", "command").text == (
+        "attar apply out/smollm2/report --size 56.762MB --out out/smollm2-56.762MB"
+    )
+    assert chromium.find_element("css selector", "table.sizes tr.now").text.startswith("56.8 MB")
+    slider.send_keys(Keys.END)
+    assert texts(chromium, "size-known") == ["predicted only"]
+    slider.send_keys(Keys.HOME)
+    assert texts(chromium, "size-now") == ["31.5 MB"]
+
+
+def test_a_click_on_a_point_moves_the_slider(chromium, pages):
+    visit(chromium, pages["language"])
+    dot = chromium.find_element("css selector", ".curve .wide [data-point='7']")
+    chromium.execute_script("arguments[0].dispatchEvent(new MouseEvent('click'))", dot)
+    assert chromium.find_element("id", "size").get_attribute("value") == "7"
+    assert texts(chromium, "size-now") == ["82.0 MB"]
+
+
+def test_pins_give_the_line_to_type(chromium, pages):
+    visit(chromium, pages["language"])
+    for place in (2, 5):
+        press(chromium, f"#u{place} .pin")
+    pins = "--keep model.layers.0.self_attn.k_proj --keep model.layers.0.mlp.gate_proj"
+    assert texts(chromium, "pins", "pins-now") == [pins, "2 of 211 units."]
+    assert pins in chromium.find_element("id", "command").text
+    assert "attar view out/smollm2" in chromium.find_element("id", "sizes").text
+    press(chromium, "#unpin")
+    assert not chromium.find_element("id", "pins").is_displayed()
+    assert "--keep" not in chromium.find_element("id", "command").text
+
+
+def test_a_unit_is_pinned_from_the_picture_by_keyboard(chromium, pages):
+    visit(chromium, pages["language"])
+    chromium.execute_script("document.querySelector('.picture tbody a.cell').focus()")
+    button = chromium.find_element("css selector", "#inspector button")
+    chromium.execute_script("arguments[0].focus()", button)
+    chromium.switch_to.active_element.send_keys(" ")
+    assert texts(chromium, "pins") == ["--keep model.layers.0.self_attn.q_proj"]
+    pressed = chromium.switch_to.active_element.get_attribute("aria-pressed")
+    assert pressed == "true"
+    assert chromium.execute_script("return document.querySelectorAll('.cell.pinned').length") == 1
+
+
+def test_what_is_typed_for_a_hostile_name_is_quoted(chromium, pages):
+    visit(chromium, pages["hostile"])
+    press(chromium, "#u0 .pin")
+    box = chromium.find_element("css selector", "#u0 .pin")
+    words = shlex.split(chromium.find_element("id", "command").get_property("textContent"))
+    name = box.get_attribute("value")
+    assert fnmatchcase(name, words[words.index("--keep") + 1])
+    assert words[:2] == ["attar", "apply"] and words.count("--keep") == 1
+
+
+def test_a_copied_command_is_the_one_that_is_shown(chromium, pages):
+    visit(chromium, pages["language"])
+    press(chromium, '[data-copy="command"]')
+    picked = chromium.execute_script("return getSelection().toString()")
+    assert picked.strip() == chromium.find_element("id", "command").text
+
+
 def test_arrow_keys_walk_the_picture_and_tell_about_each_unit(chromium, pages):
     from selenium.webdriver.common.keys import Keys
 
@@ -177,7 +245,17 @@ def test_without_script_every_fact_is_there_and_no_dead_control(chromium, pages)
         assert not chromium.find_element("id", "filter").is_displayed()
         assert not chromium.find_element("id", "inspector").is_displayed()
         text = chromium.find_element("tag name", "body").text
-        for fact in ("269 MB", "0.412", "Passed", "model.layers.29.mlp.down_proj", "Paris (0.83)"):
+        assert not chromium.find_element("id", "size").is_displayed()
+        assert not chromium.find_element("css selector", ".pin").is_displayed()
+        for fact in (
+            "269 MB",
+            "0.412",
+            "measured: this model",
+            "predicted only, uncertain",
+            "Passed",
+            "model.layers.29.mlp.down_proj",
+            "Paris (0.83)",
+        ):
             assert fact in text
         link = chromium.find_element("css selector", ".picture tbody a.cell")
         assert link.get_attribute("href").endswith("#u1")

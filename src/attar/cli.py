@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from attar.cli_audit import audit_command
+from attar.cli_view import view_command
 from attar.command_output import (
     check_file,
     check_one_of,
@@ -172,6 +173,7 @@ def apply(
     plan_file: PlanFile,
     out: Out,
     size: SizeOrNone = None,
+    keep: Keep = None,
     factory: Factory = None,
     threads: Threads = 2,
     workers: Workers = "",
@@ -183,6 +185,8 @@ def apply(
     from attar import pipeline
     from attar.report.terminal import report_to_text
 
+    if keep and size is None:
+        raise typer.BadParameter("--keep goes with --size; in a plan, edit the line of the unit")
     recipe = recipe_of({**locals(), "model": "", "size": size or ""})
     do = pipeline.apply_plan_file if size is None else pipeline.apply_frontier_file
     with open_progress() as progress:
@@ -236,6 +240,7 @@ def explain(
 
 
 app.command(name="audit")(audit_command)
+app.command(name="view")(view_command)
 
 
 @app.command()

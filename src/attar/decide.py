@@ -15,13 +15,11 @@ from attar.explain.gatherer import ALL
 from attar.explain.statistics import of_unit
 from attar.plan import MENUS
 from attar.plan import candidates as menus
-from attar.plan.frontier import corrected, spread_sizes
+from attar.plan.size import check_fits
 from attar.plan.solve import weight_bytes
 from attar.records import (
     Budget,
     Candidate,
-    Frontier,
-    FrontierPoint,
     Plan,
     Receipt,
     Round,
@@ -45,10 +43,6 @@ UNUSED_SHARE = 0.003
 BYTES_SPARE_PER_UNIT = 4
 # Below this many nats the ratio of measured to predicted damage is noise.
 SMALLEST_CORRECTED = 1e-6
-# Points of a frontier from the smallest size to these bits per weight, and which of them are
-# carried out and measured: prices are least to be trusted where most is lost.
-FRONTIER_POINTS, FRONTIER_MOST_BITS = 12, 8
-FRONTIER_MEASURED = (0, 2, 4, 7, 11)
 
 Candidates = Mapping[str, Sequence[Candidate]]
 
@@ -159,7 +153,7 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
     for number in range(trials.rounds):
         decided = _fit(trials, candidates, budget, overhead, weighed=number > 0)
         overhead = decided.plan.overhead_bytes
-        done = _measured(session, decided, correction)
+        done = measure_plan(session, decided, correction)
         rounds.append(done)
         if done.predicted_damage > SMALLEST_CORRECTED:
             correction = done.measured_damage / done.predicted_damage
@@ -180,35 +174,6 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
     return _packed(replace(decided, plan=corrected))
 
 
-def frontier(session: Session, candidates: Candidates, statistics: Statistics) -> Frontier:
-    """Solve for a row of sizes, from the smallest there is; carry out and measure some of them."""
-    overhead = writing.estimated_overhead(session)
-    trials, points = Trials(session, statistics), []
-    spare = BYTES_SPARE_PER_UNIT * len(session.units.units)
-    least = weight_bytes(trials.smallest(candidates))
-    most = FRONTIER_MOST_BITS * sum(unit.n_weights for unit in session.units) // 8
-    for number, limit in enumerate(spread_sizes(least, most, FRONTIER_POINTS)):
-        budget = Budget(overhead + limit, session.recipe.keep)
-        choices = _solve(trials, candidates, budget, overhead)
-        measured = None
-        predicted = sum(c.predicted_damage or 0.0 for c in choices.values())
-        if number in FRONTIER_MEASURED:
-            decided = _carry_out(session, choices, budget, overhead, statistics)
-            overhead = decided.plan.overhead_bytes
-            measured = _measured(session, decided, 1.0).measured_damage
-        # With what is spared for longer descriptions, so that this size gives this plan.
-        size = overhead + spare + weight_bytes(choices)
-        points.append(FrontierPoint(size, predicted, predicted, measured))
-    return Frontier(
-        recipe=session.recipe,
-        n_parameters=session.n_parameters,
-        bytes_at_16_bits=session.bytes_at_16_bits,
-        points=corrected(points, SMALLEST_CORRECTED),
-        candidates=candidates,
-        equalised=session.equalised,
-    )
-
-
 def _packed(decided: Decided) -> Decided:
     """Keep weights as they are stored, and nothing that only makes them faster to read."""
     packed = {name: replace(one, unpacked=None) for name, one in decided.treated.items()}
@@ -217,7 +182,7 @@ def _packed(decided: Decided) -> Decided:
 
 def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
     """Carry out a plan that was made before."""
-    decided = _carry_out(session, made.choices, made.budget, made.overhead_bytes, statistics)
+    decided = carry_out(session, made.choices, made.budget, made.overhead_bytes, statistics)
     if decided.plan.weight_bytes > made.budget.weight_bytes:
         over = decided.plan.weight_bytes - made.budget.weight_bytes
         raise BudgetError(
@@ -233,7 +198,7 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
     notes = int8.notes(session, choices)
     priced = replace(decided.plan, choices=choices, predicted_damage=predicted, notes=notes)
     decided = replace(decided, plan=priced)
-    rounds = (_measured(session, decided, 1.0),)
+    rounds = (measure_plan(session, decided, 1.0),)
     return _packed(replace(decided, plan=replace(priced, rounds=rounds)))
 
 
@@ -253,14 +218,14 @@ def _fit(
     session, statistics = trials.session, trials.statistics
     least = trials.smallest(candidates)
     if not weighed and overhead + weight_bytes(least) > budget.weight_bytes:
-        overhead = _carry_out(session, least, budget, overhead, statistics).plan.overhead_bytes
+        overhead = carry_out(session, least, budget, overhead, statistics).plan.overhead_bytes
     fitting, before = None, None
     for _ in range(FITTING_TRIES):
         if weighed or before is not None:
             room = budget.weight_bytes - overhead - weight_bytes(least)
             overhead += max(0, min(BYTES_SPARE_PER_UNIT * len(session.units.units), room))
-        choices = _solve(trials, candidates, budget, overhead)
-        decided = _carry_out(session, choices, budget, overhead, statistics, before)
+        choices = solve(trials, candidates, budget, overhead)
+        decided = carry_out(session, choices, budget, overhead, statistics, before)
         guessed, overhead, before = overhead, decided.plan.overhead_bytes, decided
         if decided.plan.weight_bytes <= budget.weight_bytes:
             fitting = decided
@@ -274,22 +239,21 @@ def _fit(
     )
 
 
-def _solve(
+def solve(
     trials: Trials, candidates: Candidates, budget: Budget, overhead: int
 ) -> dict[str, Candidate]:
+    """Choose for every unit, within what the budget leaves beside the overhead.
+
+    Raises:
+        BudgetError: The smallest model that can be made is larger than the budget.
+    """
     least = overhead + weight_bytes(trials.smallest(candidates))
-    if least > budget.weight_bytes:
-        raise BudgetError(
-            f"no plan fits {budget.weight_bytes:,} bytes; the smallest model that can be written "
-            f"needs {least:,}.",
-            hint=f"ask for --size {-(-least // 1000)}kB or more"
-            + (", or --keep fewer units." if budget.keep else "."),
-        )
+    check_fits(least, budget)
     limit = budget.weight_bytes - overhead
     return trials.decide(candidates, limit)
 
 
-def _carry_out(
+def carry_out(
     session: Session,
     choices: Mapping[str, Candidate],
     budget: Budget,
@@ -349,7 +313,7 @@ def _same(before: Decided, choices: Mapping[str, Candidate]) -> dict[str, Done]:
     }
 
 
-def _measured(session: Session, decided: Decided, correction: float) -> Round:
+def measure_plan(session: Session, decided: Decided, correction: float) -> Round:
     """Run the treated model on recovery data beside the original."""
     module, task = session.model.module, session.model.task
     weights, rounds = substitutions(decided.treated), roundings(decided.plan.choices)

@@ -389,7 +389,8 @@ def compress(
     recipe = replace(recipe, model=opened.name)
     if equalise != "none":
         opened = replace(opened, module=deepcopy(opened.module))
-    return pipeline.compress_session(_open(recipe, opened, data, progress), Path(out))
+    session = _open(recipe, opened, data, progress)
+    return pipeline.compress_session(session, Path(out), opens_again=False)
 
 
 def _open(recipe: Recipe, model: Model, data: Arrays, progress: Progress | None) -> Session:

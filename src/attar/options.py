@@ -22,7 +22,10 @@ FrontierFolder = Annotated[
     typer.Option(metavar="DIR", help="Price once, and show what is lost at every size."),
 ]
 PlanFile = Annotated[
-    Path, typer.Argument(metavar="PLAN", help="From attar plan, or the folder of its frontier.")
+    Path,
+    typer.Argument(
+        metavar="PLAN", help="From attar plan, or a folder: its frontier, or a model with a report."
+    ),
 ]
 DataPath = Annotated[
     str | None,

@@ -19,6 +19,7 @@ from attar import (
     equalising,
     judging,
     serving,
+    sizing,
     writing,
 )
 from attar.audit.fidelity import Measured
@@ -84,11 +85,14 @@ def compress_session(
     session: Session,
     out: Path,
     priced: tuple[decide.Candidates, tuple[Equalised, ...]] | None = None,
+    *,
+    opens_again: bool = True,
 ) -> Report:
     """Do what `compress` does with a model and data at hand.
 
     Args:
         priced: Of a frontier, with what was equalised before; None to price now.
+        opens_again: Whether the recipe names the model and the data.
     """
     check_wishes(session)
     forecast = judging.forecast_memory(session)
@@ -102,9 +106,11 @@ def compress_session(
             candidates, equalised = priced
             session, statistics = equalising.follow(session, statistics, equalised)
         decided = decide.plan(session, candidates, statistics)
+        sizes = sizing.around(session, candidates, decided, statistics)
+        sizes = replace(sizes, opens_again=opens_again)
         relevance = decide.relevance(statistics)
         del statistics  # the largest thing in memory, and the audit does not need it
-        return finish(session, decided, scores, relevance, out, forecast)
+        return finish(session, decided, scores, relevance, out, forecast, sizes)
 
 
 def apply_plan_file(
@@ -138,8 +144,13 @@ def finish(
     relevance: decide.Relevance,
     out: Path,
     forecast: int,
+    sizes: Frontier | None = None,
 ) -> Report:
-    """Write the folder, judge what was really written, and report."""
+    """Write the folder, judge what was really written, and report.
+
+    Args:
+        sizes: What else the prices allow; None where a plan was followed without any.
+    """
     with attar_folder.replaced_folder(out) as partial:
         # What was written is not kept: the audit reads the folder back.
         bytes_after = attar_folder.write_files(partial, writing.contents(session, decided))
@@ -165,10 +176,14 @@ def finish(
             peak_memory_bytes=peak_bytes(),
             forecast_memory_bytes=forecast,
             provenance=session.provenance(),
+            frontier=sizes,
         )
         (partial / "report").mkdir()
+        texts = {"plan.yaml": plan_to_yaml(decided.plan)}
+        if sizes is not None:
+            texts[FRONTIER_FILE] = frontier_to_json(sizes)
         attar_folder.write_files(
-            partial / "report", {"plan.yaml": plan_to_yaml(decided.plan).encode()}
+            partial / "report", {name: text.encode() for name, text in texts.items()}
         )
         write_report(report, partial / "report")
     return report
@@ -206,7 +221,7 @@ def frontier(
     check_keep(session.units, recipe.keep)
     with session.keeping(out) as session:
         session, statistics = equalising.equalise(session, decide.explain(session))
-        made = decide.frontier(session, decide.price(session, statistics), statistics)
+        made = sizing.frontier(session, decide.price(session, statistics), statistics)
     with attar_folder.replaced_folder(out) as partial:
         texts = {FRONTIER_FILE: frontier_to_json(made), "frontier.html": frontier_to_html(made)}
         attar_folder.write_files(partial, {name: text.encode() for name, text in texts.items()})

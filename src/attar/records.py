@@ -593,6 +593,8 @@ class FrontierPoint:
         corrected_damage: Times the ratio of measured to predicted, between measured neighbours.
         measured_damage: On recovery data; None where it was not measured.
         is_sure: Whether the correction is known well enough.
+        choices: Unit name to what is done to it there.
+        is_made: Whether this is the plan of the model that was written.
     """
 
     weight_bytes: int
@@ -600,6 +602,8 @@ class FrontierPoint:
     corrected_damage: float
     measured_damage: float | None = None
     is_sure: bool = True
+    choices: Mapping[str, Candidate] = field(default_factory=dict)
+    is_made: bool = False
 
 
 @dataclass(frozen=True)
@@ -611,6 +615,9 @@ class Frontier:
         candidates: Unit name to what may be done to it.
         bytes_at_16_bits: Of the model before.
         equalised: What was changed before prices were made, in order.
+        overhead_bytes: Of the folder that are in no unit's tensors, and a few spared.
+        opens_again: Whether the recipe names the model and the data; no, if they were given from
+            Python.
     """
 
     recipe: Recipe
@@ -619,6 +626,8 @@ class Frontier:
     points: tuple[FrontierPoint, ...]
     candidates: Mapping[str, Sequence[Candidate]]
     equalised: tuple[Equalised, ...] = ()
+    overhead_bytes: int = 0
+    opens_again: bool = True
 
 
 @dataclass(frozen=True)
@@ -1107,6 +1116,7 @@ class Report:
         peak_memory_bytes: Measured over the whole process.
         forecast_memory_bytes: Said before it started.
         provenance: Versions, seed, hashes, data origin, hardware.
+        frontier: Other sizes, from the same prices; None where nothing was priced.
     """
 
     model: str
@@ -1128,6 +1138,7 @@ class Report:
     peak_memory_bytes: int
     forecast_memory_bytes: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    frontier: Frontier | None = None
 
 
 @dataclass(frozen=True)

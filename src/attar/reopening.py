@@ -10,7 +10,7 @@ from typing import TypeVar
 from attar.decide import Candidates
 from attar.errors import PlanError
 from attar.load.model import is_factory
-from attar.plan.candidates import Build
+from attar.plan.candidates import Build, pinned
 from attar.plan.frontier import FRONTIER_FILE, read_prices
 from attar.plan.planfile import read_plan
 from attar.records import Equalised, Plan, Progress, Recipe, Units
@@ -37,10 +37,15 @@ def open_prices(
     """Read a frontier's prices and what was equalised before, with the session of both.
 
     Args:
-        recipe: The size, and what the file does not hold; see `open_plan`.
+        path: The file, its folder, or the folder of a model with a report that holds it.
+        recipe: The size, more pins, and what the file does not hold; see `open_plan`.
     """
-    file = path / FRONTIER_FILE if path.is_dir() else path
-    return _reopened(lambda *ask: read_prices(file, *ask), recipe, progress)
+    places = [path / FRONTIER_FILE, path / "report" / FRONTIER_FILE] if path.is_dir() else [path]
+    file = next((place for place in places if place.exists()), places[0])
+    (candidates, equalised), session = _reopened(
+        lambda *ask: read_prices(file, *ask), recipe, progress
+    )
+    return (pinned(candidates, session.units, recipe.keep), equalised), session
 
 
 def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tuple[Made, Session]:
@@ -51,6 +56,7 @@ def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tu
         own = replace(
             planned,
             size=recipe.size or planned.size,
+            keep=(*planned.keep, *recipe.keep),
             accept_licence=recipe.accept_licence,
             factory=recipe.factory,
             threads=recipe.threads,

@@ -13,9 +13,9 @@ from attar.errors import SettingError
 from attar.export import FUSED_ROLES
 from attar.parallel import in_order, one_thread
 from attar.plan import DECIDERS
+from attar.plan.choose import choose
 from attar.plan.fuse import expand, fuse, groups_of
-from attar.plan.refine import refine
-from attar.plan.solve import smallest, weight_bytes
+from attar.plan.solve import smallest
 from attar.records import Batch, Candidate, Question, Recipe, Statistics, Trial
 from attar.session import Session
 from attar.sites import substituted
@@ -73,22 +73,29 @@ class Trials:
                 "about each alone.",
                 hint="use --decide price.",
             )
-        asked = Question(
-            candidates=fuse(candidates, groups),
-            limit=limit,
+
+        def ask(merged: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str, Candidate]:
+            asked = Question(
+                candidates=merged,
+                limit=limit,
+                units=session.units,
+                statistics=self.statistics,
+                seed=recipe.seed,
+                trial=self.trial,
+                seconds=self.seconds,
+                weight=lambda name: session.weight(session.units.named(name)),
+            )
+            with session.timed("decide"):
+                return DECIDERS[recipe.decide](asked)
+
+        return choose(
+            candidates,
+            limit,
             units=session.units,
-            statistics=self.statistics,
-            seed=recipe.seed,
-            trial=self.trial,
-            seconds=self.seconds,
-            weight=lambda name: session.weight(session.units.named(name)),
+            groups=groups,
+            build=build_transform,
+            decide=ask,
         )
-        with session.timed("decide"):
-            chosen = expand(DECIDERS[recipe.decide](asked), candidates, groups)
-        fused = {name for group in groups for name in group}
-        free = {name: choice for name, choice in chosen.items() if name not in fused}
-        left = limit - weight_bytes(chosen)
-        return {**chosen, **refine(free, session.units, left, build_transform)}
 
     def smallest(self, candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]:
         """Take the fewest bytes for every unit, or group of them."""

@@ -132,6 +132,31 @@ def is_kept(unit: Unit, keep: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) for name in (unit.name, *unit.coupled) for p in keep)
 
 
+def pinned(
+    candidates: Mapping[str, Sequence[Candidate]], units: Units, keep: Sequence[str]
+) -> dict[str, Sequence[Candidate]]:
+    """Leave units that a pin names nothing but their 16 bits.
+
+    Raises:
+        PlanError: A pin names no unit, or one whose 16 bits were not priced.
+    """
+    check_keep(units, keep)
+    found = dict(candidates)
+    for unit in units:
+        if is_kept(unit, keep):
+            found[unit.name] = [
+                c
+                for c in candidates[unit.name]
+                if (c.treatment, dict(c.settings)) == KEEP and c.predicted_damage is not None
+            ]
+            if not found[unit.name]:
+                raise PlanError(
+                    f"{unit.name!r} was not priced in 16 bits, so it cannot be kept in them.",
+                    hint=f"price again, with attar compress MODEL --keep {unit.name}",
+                )
+    return found
+
+
 def price_candidates(
     units: Units,
     treatments: Mapping[str, Sequence[Treatment]],

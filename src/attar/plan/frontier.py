@@ -99,6 +99,7 @@ def frontier_to_json(frontier: Frontier) -> str:
         "equalised": equalised_to_list(frontier.equalised),
         "n_parameters": frontier.n_parameters,
         "bytes_at_16_bits": frontier.bytes_at_16_bits,
+        "overhead_bytes": frontier.overhead_bytes,
         "points": [
             {
                 "weight_bytes": p.weight_bytes,

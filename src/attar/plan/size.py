@@ -4,6 +4,7 @@ import math
 import re
 
 from attar.errors import BudgetError
+from attar.records import Budget
 
 _UNITS = {
     "b": 1,
@@ -45,3 +46,21 @@ def parse_size(text: str, *, bytes_at_16_bits: int, n_parameters: int) -> int:
     if int(size) < 1:
         raise BudgetError(f"the size {text!r} is no bytes at all.", hint=_HINT)
     return int(size)
+
+
+def check_fits(least: int, budget: Budget) -> None:
+    """Refuse a budget that the smallest model is over.
+
+    Args:
+        least: Bytes of the whole folder of that model.
+
+    Raises:
+        BudgetError: With a size that can be had.
+    """
+    if least > budget.weight_bytes:
+        raise BudgetError(
+            f"no plan fits {budget.weight_bytes:,} bytes; the smallest model that can be written "
+            f"needs {least:,}.",
+            hint=f"ask for --size {-(-least // 1000)}kB or more"
+            + (", or --keep fewer units." if budget.keep else "."),
+        )

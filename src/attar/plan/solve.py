@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ RELATIVE_GAP = 1e-3
 NODE_LIMIT = 20_000
 # The file descriptor.
 STDOUT = 1
+_SILENCE = threading.RLock()
 
 
 def smallest(candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]:
@@ -99,7 +101,16 @@ def solve(candidates: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what HiGHS now and then prints to stdout, whatever its settings say."""
+    """Drop what HiGHS now and then prints to stdout, whatever its settings say.
+
+    One thread at a time: a second would take the first one's silence for what was there before.
+    """
+    with _SILENCE, _silenced():
+        yield
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
     library = ctypes.CDLL(None) if os.name == "posix" else None
     sys.stdout.flush()
     try:

@@ -21,6 +21,7 @@ from attar.report.drift_text import drift_page
 from attar.report.flow import draw_flow
 from attar.report.network import draw_network, head_strips, log_place, slice_table
 from attar.report.record import report_to_json
+from attar.report.sizes import show_sizes, treatment_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from attar.records import Report
 
+PARTS = ("page", "sizes")  # of the script and of the style
 MOST_TOKENS = 600  # a longer text is no longer read; the JSON has all of it
 
 
@@ -36,17 +38,24 @@ def report_to_html(report: Report) -> str:
     return page_text(report_to_json(report))
 
 
-def page_text(facts: dict[str, Any]) -> str:
-    """The page of a record that `report_to_json` made."""
+def page_text(facts: dict[str, Any], token: str = "") -> str:
+    """The page of a record that `report_to_json` made.
+
+    Args:
+        token: That the page shows to the server it came from; empty for a page that is a file.
+    """
     environment = page_environment()
-    script = environment.get_template("page.js.j2").render()
+    script = "".join(environment.get_template(f"{name}.js.j2").render() for name in PARTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     verdict = facts["verdict"]
     return environment.get_template("page.html.j2").render(
         facts=facts,
         script=script,
         script_hash=digest,
-        style=environment.get_template("page.css.j2").render(),
+        style="".join(environment.get_template(f"{name}.css.j2").render() for name in PARTS),
+        token=token,
+        sizes=show_sizes(facts),
+        counts=treatment_counts(facts["units"]),
         noun=wording.prediction_noun(facts["model"]["task"]),
         figures=headline_figures(facts),
         flows=[draw_flow(facts, 1040, (200, 225)), draw_flow(facts, 348, (104, 94))],

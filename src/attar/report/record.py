@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attar.records import AGREES_WITHIN
+from attar.report.sizes import sizes_to_json
 from attar.report.wording import size_text, times_text
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ def report_to_json(report: Report) -> dict[str, Any]:
         "worth": _worth(report.scores),
         "units": units,
         "treatments": _treatments(units),
+        "frontier": sizes_to_json(
+            report.frontier,
+            treatment_label,
+            {unit.name: unit.n_weights for unit in report.units},
+        ),
         "slices": sorted(label for label in report.slice_relevance if label),
         "leftovers": _leftovers(report.receipt.leftovers),
         "seconds": dict(report.seconds),

@@ -364,8 +364,7 @@ def compress(
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         model: From `load`, or what `load` takes.
         workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
-        force: Replace what an earlier run wrote to `out`.
-        restart: Do again what an earlier run that was killed has finished.
+        force, restart: Replace what an earlier run wrote; do again what a killed one finished.
 
     Raises:
         AttarError: What was found and what to do instead; nothing is written then.

@@ -417,6 +417,19 @@ def test_the_same_model_gives_the_same_reasons():
     assert found.completeness_gap < 0.05
 
 
+def test_the_same_seed_gives_the_same_numbers_on_any_number_of_threads():
+    session = llama_session()
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(drifted(session, 0.2).drift)
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
+    other = replace(session, recipe=replace(session.recipe, seed=1))
+    assert drifted(other, 0.2).drift.row("ceiling") != found[0].row("ceiling")
+
+
 def test_the_ceiling_holds_the_numbers_of_each_weight_in_another_order():
     session = classifier_session()
     compressed = Explained("same", session.model.task, session.model.module)
@@ -709,3 +722,6 @@ def test_python_gives_the_same_as_the_command_line(small):
     assert attar.audit(model, back, data).drift is None
     with pytest.raises(SettingError, match="add --drift"):
         attar.audit(model, back, data, reference=other)
+    made = attar.apply(model, attar.plan(model, data=data, size="7kB"))
+    known = attar.audit(model, made, drift=True)
+    assert known.groups and known.drift.row("compressed").every["rank_correlation"].value > 0.9

@@ -15,7 +15,7 @@ from attar.records import Batch
 from attar.session import Session
 
 # Predictions explained, at most: one of a text or a recording is much more work than a picture's.
-MOST = {"language": 32, "transcribe": 8}
+MOST = {"language": 16, "transcribe": 8}
 MOST_OTHERWISE = 64
 # Of a text, a prediction is explained by at least so many tokens and at most so many.
 FEWEST_TOKENS, MOST_TOKENS = 8, 64

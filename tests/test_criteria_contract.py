@@ -18,7 +18,16 @@ from attar.session import open_session
 ALL = pytest.mark.parametrize("name", CRITERIA)
 MODELS = pytest.mark.parametrize("kind", ["classify", "language", "convolution"])
 # In the folder, but no criterion: they gather what criteria read.
-HELPERS = {"statistics", "gatherer", "moments", "probe", "sampling", "activation_price"}
+HELPERS = {
+    "activation_price",
+    "concentration",
+    "gatherer",
+    "integrated_gradients",
+    "moments",
+    "probe",
+    "sampling",
+    "statistics",
+}
 HELPERS |= {"attribution"}
 
 

@@ -58,7 +58,12 @@ def measure(options: Options) -> Iterator[Row]:
             place = Place(name, own, data_of(SUBJECTS[name], options, own), options)
             settings = [s for s in SETTINGS[name][tool] if s.startswith(tuple(start or [""]))]
             for setting in settings[:1] if options.quick else settings:
-                yield measure_point(place, tool, setting)
+                try:
+                    yield measure_point(place, tool, setting)
+                except SystemExit as failed:  # of a child: a peer that cannot do this model
+                    if tool == "attar":
+                        raise
+                    print(f"{name}: {tool} cannot do {setting!r}:\n{failed}", flush=True)
 
 
 def measure_point(place: Place, tool: str, setting: str) -> Row:

@@ -39,7 +39,7 @@ SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "nncf": ("mixed", "performance"),
     },
     "minilm": {
-        "attar": ("static", "dynamic"),
+        "attar": ("static", "dynamic", "static equalise auto", "static equalise learned"),
         "onnxruntime": (*STATIC, "dynamic int8"),
         "nncf": ("mixed transformer", "performance transformer"),
     },
@@ -91,7 +91,9 @@ def run_attar(place: Place, setting: str) -> dict[str, Any]:
     subject, out = place.subject, place.folder / "out"
     size = int(BITS * subject.n_parameters / 8)
     typed = subject.arguments(place.options, place.data.calibration)
-    typed |= {"size": f"{size}B", "to": "onnx", "activations": setting}
+    activations, _, equalise = setting.partition(" equalise ")
+    typed |= {"size": f"{size}B", "to": "onnx", "activations": activations}
+    typed |= {"equalise": equalise or "none"}
     if place.options.quick:
         typed |= {"calibration": "16", "recovery": "8", "audit": "16", "rounds": "1"}
     arguments = [part for key, value in typed.items() for part in (f"--{key}", value)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attar.divergence import predictions_mask
 from attar.load.data import DataSizes, load_data
 from attar.records import Batch, Silent
 from attar.session import Session
@@ -62,5 +63,5 @@ def other_data(session: Session, source: Path, n: int) -> Sequence[Batch]:
 
 def _answers(session: Session, batch: Batch) -> Tensor:
     outputs = session.model.task.forward(session.model.module, batch)
-    mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+    mask = predictions_mask(outputs, batch)
     return outputs[mask]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -49,6 +49,7 @@ from attar.records import Behaviours, Recipe
 
 if TYPE_CHECKING:
     from attar.audit.policy import Policy
+    from attar.auditing import Wishes
 
 
 def audit_command(
@@ -93,30 +94,26 @@ def audit_command(
         Recipe(model=one, factory=factory, task=task, accept_licence=accept_licence)
         for one in compressed
     ]
+    from attar.auditing import Wishes
+    from attar.drifting import recipe_of as recipe_of_reference
+
     asked = Behaviours(generate or 0, prompts, tuple(choices or ()))
-    wishes = {
-        "policy": _limits(policy),
-        "attribute": attribute,
-        "drift": drift,
-        "reference": None if reference is None else _like(others[0], reference),
-        "behaviours": asked,
-    }
+    wishes = Wishes(
+        _limits(policy),
+        attribute,
+        drift,
+        None if reference is None else recipe_of_reference(reference, others[0]),
+        asked,
+    )
     if len(others) > 1:
         return _audit_all(first, others, wishes, json_file, report)
     return _audit_one(first, others[0], wishes, json_file, report, junit, (evidence, sign))
 
 
-def _like(compressed: Recipe, reference: str) -> Recipe:
-    """Ask for the reference as for the compressed model."""
-    from attar import drifting
-
-    return drifting.recipe_of(reference, compressed)
-
-
 def _audit_one(
     original: Recipe,
     compressed: Recipe,
-    wishes: Mapping[str, Any],
+    wishes: Wishes,
     json_file: Path | None,
     report: Path | None,
     junit: Path | None,
@@ -130,7 +127,7 @@ def _audit_one(
     from attar.report.terminal import audit_to_text
 
     with open_progress() as progress:
-        found = pipeline.audit(original, compressed, **wishes, progress=progress)
+        found = pipeline.audit(original, compressed, wishes, progress=progress)
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
@@ -138,7 +135,7 @@ def _audit_one(
         write_bytes(junit, report_to_junit(found).encode())
     bundle, key = evidence
     if bundle is not None and key is not None:
-        write_bytes(bundle, serving.evidence(found, wishes["policy"], key))
+        write_bytes(bundle, serving.evidence(found, wishes.policy, key))
     if report is not None:
         show(f"report  {write_report(found, report)[0]}")
     return exit_code(found.verdict)
@@ -147,7 +144,7 @@ def _audit_one(
 def _audit_all(
     original: Recipe,
     compressed: Sequence[Recipe],
-    wishes: Mapping[str, Any],
+    wishes: Wishes,
     json_file: Path | None,
     report: Path | None,
 ) -> int:
@@ -160,7 +157,7 @@ def _audit_all(
     )
 
     with open_progress() as progress:
-        found = pipeline.audit_all(original, compressed, **wishes, progress=progress)
+        found = pipeline.audit_all(original, compressed, wishes, progress=progress)
     show(population_to_text(found, **screen()))
     if json_file is not None:
         write_json(json_file, population_to_json(found))

@@ -10,8 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from attar.records import Batch
+
+
+def predictions_mask(outputs: Tensor, batch: Batch) -> Bool[Tensor, "samples positions"]:
+    """Say which outputs are predictions; all of them where the batch does not.
+
+    Args:
+        outputs: `samples positions width`.
+    """
+    return batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+
+
+def predictions_of(outputs: Tensor, batch: Batch) -> Float[Tensor, "predictions width"]:
+    """Outputs that are predictions, of all samples in one row."""
+    return outputs[predictions_mask(outputs, batch)]
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,11 @@ load → explain → cost → plan → transform → audit → export → report
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from attar import (
-    attributing,
-    behaving,
-    comparing,
-    decide,
-    drifting,
-    equalising,
-    judging,
-    serving,
-    sizing,
-    writing,
-)
-from attar.audit.fidelity import Measured
-from attar.audit.policy import Policy, with_policy
+from attar import comparing, decide, equalising, judging, sizing, writing
+from attar.auditing import Auditor, Wishes
 from attar.explain import CRITERIA
 from attar.export import attar_folder
 from attar.memory import peak_bytes
@@ -31,7 +19,6 @@ from attar.plan.candidates import check_keep
 from attar.plan.frontier import FRONTIER_FILE, frontier_to_json
 from attar.plan.planfile import plan_to_yaml
 from attar.records import (
-    Behaviours,
     Equalised,
     Frontier,
     Plan,
@@ -46,10 +33,10 @@ from attar.reopening import open_plan, open_prices
 from attar.report.frontier import frontier_to_html
 from attar.report.html import write_report
 from attar.resuming import discard
-from attar.session import Session, open_model, open_recipe
+from attar.session import Session, open_recipe
 from attar.trials import check_decider
 
-NOTHING_MORE = Behaviours()
+NOTHING_MORE = Wishes()
 
 
 def compress(
@@ -275,79 +262,23 @@ def score_all(session: Session, statistics: Statistics) -> dict[str, Scores]:
 def audit(
     original: Recipe,
     compressed: Recipe,
+    wishes: Wishes = NOTHING_MORE,
     *,
-    policy: Policy | None = None,
-    attribute: bool = False,
-    drift: bool = False,
-    reference: Recipe | None = None,
-    behaviours: Behaviours = NOTHING_MORE,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare any two models that answer the same question, on the first one's audit data.
-
-    Args:
-        policy: Limits that the verdict is held to beside its own rule, from `judging.open_policy`.
-        attribute: Whether to say which units' changes are responsible for what was lost.
-        drift: Whether to say how far explanations of predictions moved.
-        reference: A third model that answers the same question, shown beside the drift.
-        behaviours: What language models are asked to do beside predicting the audit data.
-    """
-    drifting.check_asked(policy, drift=drift, reference=reference is not None)
-    read = behaving.read_asked(behaviours)
-    asked = Asked(policy, attribute, drift, reference, behaviours, read)
-    session = open_recipe(original, progress)
-    behaving.check_asked(session.model, behaviours)
-    return _audited(session, compressed, asked)[0]
+    """Compare any two models that answer the same question, on the first one's audit data."""
+    return Auditor(original, wishes, progress).against(compressed)[0]
 
 
 def audit_all(
     original: Recipe,
     compressed: Sequence[Recipe],
+    wishes: Wishes = NOTHING_MORE,
     *,
-    policy: Policy | None = None,
-    attribute: bool = False,
-    drift: bool = False,
-    reference: Recipe | None = None,
-    behaviours: Behaviours = NOTHING_MORE,
     progress: Progress | None = None,
 ) -> Population:
     """Compare several models with one original, each as `audit` does, and find what all forget."""
-    drifting.check_asked(policy, drift=drift, reference=reference is not None)
-    read = behaving.read_asked(behaviours)
-    asked = Asked(policy, attribute, drift, reference, behaviours, read)
-    session = open_recipe(original, progress)
-    behaving.check_asked(session.model, behaviours)
-    reports, measured = zip(*(_audited(session, one, asked) for one in compressed), strict=True)
-    return comparing.population(session, [one.model for one in compressed], reports, measured)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an audit is asked for; see `audit`."""
-
-    policy: Policy | None
-    attribute: bool
-    drift: bool
-    reference: Recipe | None
-    behaviours: Behaviours
-    read: behaving.Read
-
-
-def _audited(session: Session, compressed: Recipe, asked: Asked) -> tuple[Report, Measured]:
-    """Open one model and hold it against the session's."""
-    other = open_model(compressed)
-    third = None if asked.reference is None else open_model(asked.reference)
-    if asked.drift:
-        drifting.check_models(session, other, third)
-    verdict, measured = judging.compare_models(session, other)
-    verdict = behaving.with_behaviours(session, other, verdict, asked.behaviours, asked.read)
-    if asked.attribute:
-        treatments = attributing.treatments_of(Path(compressed.model))
-        verdict = attributing.with_attribution(session, other, verdict, treatments)
-    if asked.drift:
-        verdict = drifting.with_drift(session, other, verdict, third)
-    report = serving.audit_report(session, other, verdict, Path(compressed.model))
-    if asked.policy is None:
-        return report, measured
-    verdict = with_policy(verdict, asked.policy, report.bytes_after)
-    return replace(report, verdict=verdict), measured
+    auditor = Auditor(original, wishes, progress)
+    reports, measured = zip(*(auditor.against(one) for one in compressed), strict=True)
+    names = [one.model for one in compressed]
+    return comparing.population(auditor.session, names, reports, measured)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attar import pricing
+from attar.divergence import predictions_of
 from attar.errors import SettingError
 from attar.export import FUSED_ROLES
 from attar.parallel import in_order, one_thread
@@ -138,7 +139,7 @@ class Trials:
         def compare(kept: tuple[Batch, Tensor]) -> tuple[float, float]:
             batch, before = kept
             with torch.no_grad(), substituted(model.module, weights):
-                after = _predictions(model.task.forward(model.module, batch), batch)
+                after = predictions_of(model.task.forward(model.module, batch), batch)
             total = [0.0, 0.0]
             for p, q in zip(
                 *(torch.split(out, ROWS_AT_ONCE) for out in (before, after)), strict=True
@@ -165,14 +166,8 @@ class Trials:
                 wanted -= len(next(iter(some.values())))
                 with torch.no_grad(), one_thread():
                     answers = model.task.forward(model.module, some)
-                self._outputs.append((some, _predictions(answers, some)))
+                self._outputs.append((some, predictions_of(answers, some)))
         return self._outputs
-
-
-def _predictions(outputs: Tensor, batch: Batch) -> Tensor:
-    """Outputs that are predictions, `predictions width`."""
-    mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
-    return outputs[mask]
 
 
 def _key(candidate: Candidate) -> Key:

@@ -10,6 +10,7 @@ compressed models and not the most frequent one, which among three may be a tie.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -129,10 +130,7 @@ def _by_slice(
         counts = int(inside.sum()), int(forgotten[inside].sum())
         found.append(ExemplarSlice(name, *counts, expected, p))
     adjusted = paired.holm([one.p_more for one in found])
-    found = [
-        ExemplarSlice(one.label, one.n_predictions, one.n_exemplars, one.expected, p)
-        for one, p in zip(found, adjusted, strict=True)
-    ]
+    found = [replace(one, p_more=p) for one, p in zip(found, adjusted, strict=True)]
     return tuple(sorted(found, key=lambda one: one.expected - one.n_exemplars))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attar.divergence import Divergence
+from attar.divergence import Divergence, predictions_mask
 from attar.errors import DataError
 from attar.parallel import in_order
 from attar.records import Batch, Estimate, Model, Progress
@@ -162,7 +162,7 @@ def _compare(
     Args:
         every: See `_tried_every`; 0 for what is cheap alone.
     """
-    mask = batch.get("mask", torch.ones(before.shape[:2], dtype=torch.bool))
+    mask = predictions_mask(before, batch)
     for rows in torch.split(mask.nonzero(), ROWS_AT_ONCE):
         sample, position = rows.unbind(1)
         p, q = before[sample, position], after[sample, position]
@@ -248,7 +248,7 @@ def _true_answers(model: Model, batch: Batch, outputs: Tensor, answers: Sequence
     truth = torch.full(outputs.shape[:2], -1)
     name = {"language": "tokens", "transcribe": "decoder_tokens"}.get(model.task.name)
     if name is not None:
-        mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+        mask = predictions_mask(outputs, batch)
         truth[:, :-1] = batch[name][:, 1:].masked_fill(~mask[:, 1:], -1)
     elif len(answers):
         truth[:] = torch.tensor(answers[: len(truth)])[:, None]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attar.activations import TOP_CODE
-from attar.divergence import Divergence
+from attar.divergence import Divergence, predictions_of
 from attar.errors import SettingError
 from attar.links import Change, Link, folded, scaling
 from attar.parallel import in_order
@@ -222,14 +222,14 @@ class Learner:
     def _loss(self, batch: Batch) -> Tensor:
         """Mean divergence of the rounded model from the original's answers to one batch."""
         with torch.no_grad():
-            wanted = _predictions(self._model.task.forward(self._model.module, batch), batch)
+            wanted = predictions_of(self._model.task.forward(self._model.module, batch), batch)
         named = {f"inside.{name}": tensor for name, tensor in self._tensors().items()}
         run = self._runs.get()
         try:
             found: Tensor = functional_call(run, named, (batch, Roundings(self._around())))
         finally:
             self._runs.put(run)
-        return self._divergence.between(wanted, _predictions(found, batch)).mean()
+        return self._divergence.between(wanted, predictions_of(found, batch)).mean()
 
     def _put_gradients(self, batches: Sequence[Batch], learned: Sequence[Tensor]) -> None:
         """Put the mean gradient over some batches on what is learned."""
@@ -282,12 +282,6 @@ class _Run(nn.Module):
         """Answer with what enters the units rounded."""
         with substituted(self.inside, {}, around):
             return self._task.forward(self.inside, batch)
-
-
-def _predictions(outputs: Tensor, batch: Batch) -> Tensor:
-    """Outputs that are predictions, `predictions width`."""
-    mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
-    return outputs[mask]
 
 
 def _widen(ends: dict[str, tuple[float, float]], name: str, low: float, high: float) -> None:

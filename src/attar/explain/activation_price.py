@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from attar.activations import activation_of, rounded
-from attar.divergence import Divergence
+from attar.divergence import Divergence, predictions_mask
 from attar.explain.sampling import drawn_gradient, go_back
 from attar.explain.statistics import pieces
 from attar.memory import release
@@ -188,7 +188,7 @@ def price_activations(
         predictions = 0
         for piece, _ in pieces(batches[number], (), model):
             outputs = _run(model, piece, places, tried, sums)
-            mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+            mask = predictions_mask(outputs, piece)
             predictions += int(mask.sum())
             draw = partial(drawn_gradient, divergence, mask=mask, generator=generator)
             go_back(get_gradient_edge(outputs), [outputs.detach()], draw, draws)

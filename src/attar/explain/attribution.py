@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from attar.disk import Stash, lies_on_disk
-from attar.divergence import Divergence
+from attar.divergence import Divergence, predictions_mask
 from attar.explain.probe import Changes, run_meeting
 from attar.explain.sampling import of_predictions
 from attar.explain.statistics import pieces
@@ -127,7 +127,7 @@ def _slopes(
     stash = Stash(on_disk=lies_on_disk(model.module))
     with substituted(model.module, moved):
         outputs = run_meeting(model, batch, [changes], [tell], stash)
-    mask = batch.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+    mask = predictions_mask(outputs, batch)
     edge, after = get_gradient_edge(outputs), outputs.detach()
     del outputs
     gradient = of_predictions(after, mask, lambda at: divergence.slope(before[at], after[at]))

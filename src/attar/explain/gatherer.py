@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from attar.disk import Scratch, Stash, lies_on_disk
-from attar.divergence import Divergence
+from attar.divergence import Divergence, predictions_mask
 from attar.errors import DataError
 from attar.explain import moments
 from attar.explain.sampling import PREDICTIONS_AT_ONCE, drawn_gradient, go_back, tracked
@@ -124,7 +124,7 @@ class Gatherer:
         self._labels, self._calls = labels, defaultdict(int)
         self._n_samples = len(next(iter(batch.values())))
         edge, answers = self._forward(batch)
-        mask = batch.get("mask", torch.ones(answers.shape[:2], dtype=torch.bool))
+        mask = predictions_mask(answers, batch)
         self._count(mask)
         if self._divergence.family == "categorical":
             self._add_answers(answers, mask)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from attar.disk import Stash, lies_on_disk
-from attar.divergence import Divergence
+from attar.divergence import Divergence, predictions_mask
 from attar.explain.moments import NUMBERS_AT_ONCE
 from attar.explain.sampling import drawn_gradient, go_back, tracked
 from attar.explain.statistics import pieces
@@ -86,7 +86,7 @@ def probe(
             stash = Stash(on_disk=lies_on_disk(model.module))
             with substituted(model.module, weights or {}):
                 outputs = run_meeting(model, piece, changes, met, stash)
-            mask = piece.get("mask", torch.ones(outputs.shape[:2], dtype=torch.bool))
+            mask = predictions_mask(outputs, piece)
             predictions += int(mask.sum())
             edge, kept = get_gradient_edge(outputs), [outputs.detach()]
             del outputs

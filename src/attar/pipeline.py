@@ -165,15 +165,18 @@ def finish(
             provenance=session.provenance(),
             frontier=sizes,
         )
-        (partial / "report").mkdir()
-        texts = {"plan.yaml": plan_to_yaml(decided.plan)}
-        if sizes is not None:
-            texts[FRONTIER_FILE] = frontier_to_json(sizes)
-        attar_folder.write_files(
-            partial / "report", {name: text.encode() for name, text in texts.items()}
-        )
+        write_what_was_decided(report, partial / "report")
         write_report(report, partial / "report")
     return report
+
+
+def write_what_was_decided(report: Report, folder: Path) -> None:
+    """Write the plan, and the prices that other sizes can be had from."""
+    texts = {"plan.yaml": plan_to_yaml(report.plan)}
+    if report.frontier is not None:
+        texts[FRONTIER_FILE] = frontier_to_json(report.frontier)
+    folder.mkdir()
+    attar_folder.write_files(folder, {name: text.encode() for name, text in texts.items()})
 
 
 def plan(

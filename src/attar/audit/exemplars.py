@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -60,9 +61,7 @@ def find_exemplars(
     truth = np.full(len(forgotten), -1)
     truth[first.surprise_at] = first.truth
 
-    def named(answer: int) -> str:
-        name = name_of(answer)
-        return name if name.strip() else repr(name)  # a space or an end of line can be read too
+    named = partial(_readable, name_of)
 
     def show(i: int) -> Exemplar:
         where, text = place_of(first, i, shown, decode)
@@ -88,6 +87,12 @@ def find_exemplars(
         slices=_by_slice(forgotten, first.sample, labels, seed),
         shown=tuple(show(int(i)) for i in worst),
     )
+
+
+def _readable(name_of: Callable[[int], str], answer: int) -> str:
+    """Name an answer so that a space or an end of line can be read too."""
+    name = name_of(answer)
+    return name if name.strip() else repr(name)
 
 
 def _right(

@@ -41,10 +41,7 @@ def compare_continuations(
     parted = [first_difference(*pair) for pair in pairs]
     alike = [len(pair[0]) if at is None else at for pair, at in zip(pairs, parted, strict=True)]
     lengths = [np.array([text_length(text, ends) for text in side]) for side in (before, after)]
-    repeated = [
-        np.array([repeated_share(text[:n]) for text, n in zip(side, own.tolist(), strict=True)])
-        for side, own in zip((before, after), lengths, strict=True)
-    ]
+    repeated = [_repeated(side, own) for side, own in zip((before, after), lengths, strict=True)]
     ended = [np.array([text[-1] in ends for text in side]) for side in (before, after)]
     equal = [_equal(*pair) for pair in pairs]
     of = np.repeat(alone, [len(one) for one in equal])
@@ -93,6 +90,12 @@ def repeated_share(tokens: Tokens) -> float:
     """
     runs = [tuple(tokens[at : at + RUN]) for at in range(len(tokens) - RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def _repeated(texts: Sequence[Tokens], lengths: np.ndarray) -> np.ndarray:
+    """Repeated share of each text without what ends it."""
+    pairs = zip(texts, lengths.tolist(), strict=True)
+    return np.array([repeated_share(text[:n]) for text, n in pairs])
 
 
 def _equal(one: Tokens, other: Tokens) -> np.ndarray:

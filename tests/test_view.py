@@ -350,7 +350,9 @@ def test_the_report_of_an_audit_is_shown_without_sizes(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_cleanly(small, number):
-    code = "from attar.cli import main; raise SystemExit(main())"
+    # As in a terminal: what starts tests in the background has its children ignore the signal.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from attar.cli import main; raise SystemExit(main())"
     words = [sys.executable, "-c", code, "view", str(small), "--port", "0", "--no-browser"]
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout.readline().startswith("report  http://127.0.0.1:")

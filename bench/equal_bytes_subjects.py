@@ -66,6 +66,7 @@ ATTAR, ATTAR_GGUF = "attar", "attar_gguf"
 OWN = [f"{bits} bits" for bits in BITS]
 HQQ = [f"{bits} bits, groups of 64" for bits in (2, 3, 4, 8)]
 QUANTO = ["qint2", "qint4", "qint8"]
+MODELOPT = ["4.8 bits", "8.0 bits"]
 TORCHAO = ["int4, groups of 32", "int4, groups of 64", "int8"]
 SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "language": {
@@ -87,6 +88,7 @@ SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "hqq": HQQ,
         "quanto": QUANTO,
         "torchao": TORCHAO,
+        "modelopt": MODELOPT,
     },
     "encoder": {
         ATTAR: OWN,
@@ -94,6 +96,7 @@ SETTINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "hqq": HQQ,
         "quanto": QUANTO,
         "torchao": TORCHAO,
+        "modelopt": MODELOPT,
         "nncf_weights": [
             "INT4_SYM, groups of 64",
             "INT4_ASYM, groups of 64",

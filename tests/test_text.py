@@ -274,3 +274,53 @@ def test_docstrings_are_read_without_running_the_source():
     )
     assert docstrings(source) == [long, f"{long} two"]
     assert docstrings("def broken(") == []
+
+
+# ---------------------------------------------------------------------------------------------
+# text that is only counted
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_tokens_of_what_no_split_was_dealt_are_counted_as_rows_that_begin(tmp_path, begins):
+    """With all documents but those that were dealt; a lead as often as rows would have one."""
+    model, file = toys.language_model(begins=begins), tmp_path / "long.txt"
+    file.write_text(toys.numbered_text(200), "utf-8")
+    counted = gather(model, str(file)).token_counts
+    tokenizer = read_tokenizer(model.files)
+    whole = len(tokenizer.encode(file.read_text("utf-8"), add_special_tokens=False).ids)
+    # Of a split that lacks some tokens a piece of about 4,000 is dealt, one of this text each.
+    dealt = whole - float(counted.sum())
+    assert 0 < dealt < 4 * text.PIECE_CHARACTERS
+    if begins:
+        [lead] = leading_tokens(tokenizer)
+        assert float(counted[lead]) == pytest.approx(float(counted.sum()) / 64, rel=0.05)
+
+
+def test_no_more_is_counted_than_half_a_million(monkeypatch):
+    monkeypatch.setattr(text, "COUNTED", 8)
+    rows = [[1, 1, 2, 5], [7, 2, 2, 2], [1, 1, 1, 1]]
+    found = text.count_tokens(rows)
+    assert found is not None and found.tolist() == [0, 2, 4, 0, 0, 1, 0, 1]
+    assert text.count_tokens([]) is None
+
+
+def test_nothing_is_counted_beside_the_default_text():
+    assert gather().token_counts is None
+
+
+def test_sentences_that_no_split_was_dealt_are_counted(tmp_path):
+    model, file = toys.sentence_model(), tmp_path / "rows.tsv"
+    rows = [f"Sentence {'x' * n} is here." for n in range(1, 10)]
+    file.write_text("\n".join(["text", *rows]), "utf-8")
+    tokenizer = read_tokenizer(model.files)
+    begin, letter = (tokenizer.token_to_id(one) for one in ("<s>", "x"))
+
+    def counted(*counts):
+        found = text.sentence_splits(model, str(file), Counts(*counts), seed=0, slices=None)
+        held = sum(s.tensors["tokens"].tolist().count(letter) for of in found.samples for s in of)
+        return found.token_counts, held
+
+    assert counted(4, 3, 2)[0] is None
+    unread, held = counted(2, 1, 1)
+    assert float(unread[begin]) == 5
+    assert float(unread[letter]) == sum(range(1, 10)) - held

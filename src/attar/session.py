@@ -172,10 +172,11 @@ class Session:
         """What must be the same for a finished step to be of use."""
         with one_thread(), torch.no_grad():
             answers = self.model.task.forward(self.model.module, self.model.examples)
+        counted = [] if self.data.token_counts is None else [{"": self.data.token_counts}]
         hashes = {
             "weights": state_hash(self.model.module),
             "code": tensors_hash([{"answers": answers}]),
-            "data": tensors_hash([*self.data.calibration, *self.data.recovery]),
+            "data": tensors_hash([*self.data.calibration, *self.data.recovery, *counted]),
             "slices": [list(labels) for labels in self.data.slices],
         }
         return key_of(self.recipe, hashes)
@@ -185,10 +186,9 @@ class Session:
         return gather_statistics(
             self.model,
             self.units,
-            self.data.calibration,
+            self.data,
             self.divergence,
             seed=self.recipe.seed,
-            slices=self.data.slices,
             draws=self.draws,
             progress=self.progress,
         )

@@ -21,6 +21,7 @@ MODELS = pytest.mark.parametrize("kind", ["classify", "language", "convolution"]
 HELPERS = {
     "activation_price",
     "concentration",
+    "dictionary",
     "gatherer",
     "integrated_gradients",
     "moments",

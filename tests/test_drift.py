@@ -483,6 +483,42 @@ def test_a_unit_that_was_cut_loses_its_share():
         assert sum(getattr(one, side) for one in found.units) == pytest.approx(1)
 
 
+def test_concepts_are_kept_by_the_floor_and_lost_by_the_ceiling():
+    session = classifier_session()
+    verdict = judge_models(session, session.model)
+    same = drifting.with_drift(session, session.model, verdict, session.model).drift
+    for place in same.concepts:
+        floor, own, ceiling = place.rows
+        assert [row.role for row in place.rows] == ["floor", "compressed", "ceiling"]
+        assert (own.kept, own.n_lost, own.n_merged) == (1.0, 0, 0)
+        assert floor.n_lost == 0 and floor.kept > 0.98
+        assert ceiling.n_lost > place.n_concepts / 2 and ceiling.kept < 0.5
+        assert all(one.shown and one.strength_ratio == 1.0 for one in place.moved)
+    assert [place.unit for place in same.concepts] == ["3", "5"]
+
+
+def test_concepts_that_lay_in_what_was_cut_are_named_and_told():
+    session = classifier_session()
+    other = spoilt(session, {})
+    other.module.get_parameter("0.weight").data[8:] = 0  # of 64 channels
+    verdict = drifting.with_drift(session, other, judge_models(session, other))
+    place = verdict.drift.concepts[0]
+    gone = [one for one in place.moved if one.lost]
+    assert gone and place.rows[1].n_lost >= len(gone)
+    assert place.moved[0].kept == min(one.kept for one in place.moved)
+    text = render(drift_parts(verdict_to_json(verdict)["drift"]), 300, False)
+    assert f"{place.n_concepts} concepts of what enters 3: floor 0 lost" in text
+    assert text.count("  lost: ") >= len(gone) and "sample" in text
+
+
+def test_concepts_of_a_text_are_told_by_its_tokens():
+    session = llama_session()
+    found = drifted(session, 0.05).drift.concepts
+    assert len(found) == 2 and found[0].n_concepts >= 2
+    shown = {word for place in found for one in place.moved for word in one.shown}
+    assert shown and all(word.startswith("token ") for word in shown)
+
+
 def test_an_explanation_that_is_no_number_is_named():
     class Sharp(nn.Module):
         """Finite answers, and a gradient that is infinite at 0.5 of the way."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attar import concepts
 from attar.asking import Prediction, choose, method_of, name_of, way_of
 from attar.audit.drift import compare, means, stratified
 from attar.audit.policy import Policy
@@ -114,12 +115,16 @@ def with_drift(
         before = _explained(session, _original(session), predictions)
         changed = np.array([one.changed for one in predictions])
         rows, after = [], before
+        places = concepts.find_places(session, _original(session))
+        met = []
         for role, model in _models(session, compressed, reference):
             found = _explained(session, model, predictions)
             pairs = _compared(session, before, found)
             rows.append(_row(role, model.name, pairs, changed, share_changed, session.recipe.seed))
             if role == "compressed":
                 after = found
+            if role != "reference":  # another training has directions of its own
+                met.append(concepts.met(session, places, role, model))
         drift = Drift(
             method=method_of(session),
             n_stayed=int((~changed).sum()),
@@ -129,6 +134,7 @@ def with_drift(
             rows=tuple(rows),
             units=_units(session, compressed, predictions),
             shown=_shown(session, predictions, before, after),
+            concepts=tuple(concepts.compared(session, places, met)),
         )
     return replace(verdict, drift=drift)
 

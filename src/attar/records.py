@@ -994,6 +994,63 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class ConceptRow:
+    """How many concepts of the original one other model has.
+
+    Attributes:
+        role: "floor", "compressed" or "ceiling".
+        model: What it is, in words.
+        kept: Share of how a concept's strength varies that is left, mean over concepts, 0 to 1.
+        n_lost: Concepts of which less than half of that is left.
+        n_merged: Pairs that are met together now and were not before.
+    """
+
+    role: str
+    model: str
+    kept: float
+    n_lost: int
+    n_merged: int
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What became of one concept of the original.
+
+    Attributes:
+        number: In the dictionary of its place.
+        shown: Where the original meets it most: words of texts, or names of samples.
+        kept: Share of how its strength varies that is left, 0 to 1.
+        strength_ratio: Of its mean strength, after over before.
+    """
+
+    number: int
+    shown: tuple[str, ...]
+    kept: float
+    strength_ratio: float
+    lost: bool
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """One dictionary of what enters a unit of the original, and how other models meet it.
+
+    Attributes:
+        unit: Whose input it is.
+        n_vectors: Activations that were taken apart.
+        rows: From the floor to the ceiling.
+        moved: Those of which least is kept, the least first.
+        merged: Pairs that the compressed model no longer tells apart, by where each is met most.
+    """
+
+    unit: str
+    n_concepts: int
+    n_vectors: int
+    rows: tuple[ConceptRow, ...]
+    moved: tuple[Concept, ...]
+    merged: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Drift:
     """Whether two models give the same reasons, on predictions that changed and that did not.
 
@@ -1007,6 +1064,7 @@ class Drift:
         rows: From the floor to the ceiling.
         units: Every unit that both have, by how much its share rose, those that fell most first.
         shown: Some, changed ones first.
+        concepts: By place, from early to late.
     """
 
     method: str
@@ -1017,6 +1075,7 @@ class Drift:
     rows: tuple[DriftRow, ...]
     units: tuple[UnitShare, ...]
     shown: tuple[SideBySide, ...]
+    concepts: tuple[Concepts, ...] = ()
 
     def row(self, role: str) -> DriftRow:
         return next(row for row in self.rows if row.role == role)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,31 @@ def drift_parts(drift: Mapping[str, Any] | None) -> list[RenderableType]:
         Text(names),
         Text(f"{gap_text(drift)} {caution_text(drift)}".strip()),
         *(Text(line) for line in _moved_lines(drift["units"])),
+        *(Text(line) for place in drift.get("concepts", ()) for line in concept_lines(place)),
         Text(""),
     ]
+
+
+def concept_lines(place: Mapping[str, Any]) -> Iterator[str]:
+    """What became of the concepts at one place: counts from floor to ceiling, and which."""
+    counts = "; ".join(
+        f"{ROLES[row['role']]} {row['n_lost']} lost, {row['n_merged']} merged, "
+        f"{percent_text(row['kept'], 2)} kept"
+        for row in place["rows"]
+    )
+    yield f"{place['n_concepts']} concepts of what enters {place['unit']}: {counts}"
+    for one in (one for one in place["moved"] if one["lost"]):
+        yield (
+            f"  lost: {examples_text(one['shown'])}; strength {one['strength_ratio']:.2f} x, "
+            f"{percent_text(one['kept'], 2)} of how it varies kept"
+        )
+    for first, second in place["merged"]:
+        yield f"  merged: {examples_text(first)} with {examples_text(second)}"
+
+
+def examples_text(shown: Sequence[str]) -> str:
+    """Where a concept is met most, quoted, so that words of one space are seen."""
+    return ", ".join(json.dumps(one, ensure_ascii=False) for one in shown) or "nothing"
 
 
 def drift_groups(
@@ -131,6 +155,7 @@ def drift_page(drift: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "gap": gap_text(drift),
         "caution": caution_text(drift),
         "units": [*fell, *reversed(rose)],
+        "examples": examples_text,
         "maps": [_map_pair(one) for one in drift["shown"] if not one["tokens"]],
         "texts": [_text_pair(one) for one in drift["shown"] if one["tokens"]],
     }

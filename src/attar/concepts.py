@@ -1,0 +1,229 @@
+"""What two models have concepts of: one dictionary of the original's activations, used for both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attar.audit import concepts as checks
+from attar.explain.dictionary import Dictionary, learn
+from attar.explain.integrated_gradients import Explained, explained_input
+from attar.inputs import read_tokenizer
+from attar.records import Batch, Concept, ConceptRow, Concepts, Unit
+from attar.session import Session
+from attar.sites import Call, substituted, watched
+
+# Concepts looked for, and vectors to each at least, so that they are not of one sample alone.
+MOST_CONCEPTS, VECTORS_EACH = 32, 8
+# Vectors that are taken apart in all, and of one sample.
+MOST_VECTORS, EACH_SAMPLE = 4096, 64
+# A place has at least so many features.
+FEWEST_FEATURES = 8
+# Concepts told of, those that changed most, and where each is met most.
+SHOWN, EXAMPLES = 6, 4
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Activations, `vectors features`, and the sample and position of each."""
+
+    values: np.ndarray
+    where: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Activations that enter a unit, taken apart.
+
+    Attributes:
+        before: Strengths in the original, `vectors concepts`.
+        where: Sample and position of each vector.
+    """
+
+    unit: Unit
+    dictionary: Dictionary
+    before: np.ndarray
+    where: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Met:
+    """Strengths of the concepts of each place in one model; None where it has no such place."""
+
+    role: str
+    model: str
+    after: tuple[np.ndarray | None, ...]
+
+
+def find_places(session: Session, original: Explained) -> list[Place]:
+    """Learn what is met half-way through the network and where its answer is read from."""
+    units = [unit for unit in session.units if _is_place(unit)]
+    chosen = {unit.name: unit for unit in (units[len(units) // 2 :][:1] + units[-1:])}
+    found = []
+    for name, vectors in _vectors(session, original, chosen).items():
+        n = min(MOST_CONCEPTS, len(vectors.where) // VECTORS_EACH)
+        if n >= 2:
+            dictionary = learn(vectors.values, n, session.recipe.seed)
+            met = dictionary.strengths(vectors.values).any(0)
+            dictionary = replace(dictionary, directions=dictionary.directions[met])
+            before = dictionary.strengths(vectors.values)
+            found.append(Place(chosen[name], dictionary, before, vectors.where))
+    return found
+
+
+def _is_place(unit: Unit) -> bool:
+    """Whether what enters a unit is a vector at each position."""
+    dense = "linear" in unit.uses or (unit.kind == "convolution" and unit.groups == 1)
+    return dense and unit.shape[1] >= FEWEST_FEATURES
+
+
+def met(session: Session, places: Sequence[Place], role: str, model: Explained) -> Met:
+    """Ask another model for the same concepts."""
+    theirs = dict(model.module.named_parameters())
+    same = {
+        place.unit.name: place.unit
+        for place in places
+        if (weight := theirs.get(f"{place.unit.name}.weight")) is not None
+        and weight.shape[1] == place.unit.shape[1]
+    }
+    found = _vectors(session, model, same)
+    after = tuple(
+        place.dictionary.strengths(found[place.unit.name].values)
+        if place.unit.name in found and found[place.unit.name].where == place.where
+        else None
+        for place in places
+    )
+    return Met(role, model.name, after)
+
+
+def compared(session: Session, places: Sequence[Place], models: Sequence[Met]) -> list[Concepts]:
+    """Say for each place what became of its concepts, in rows from the floor to the ceiling."""
+    found = []
+    for number, place in enumerate(places):
+        rows = []
+        own: np.ndarray | None = None
+        for model in models:
+            after = model.after[number]
+            if after is not None:
+                rows.append(_row(place.before, after, model))
+                own = after if model.role == "compressed" else own
+        if own is not None:
+            found.append(_concepts(session, place, own, rows))
+    return found
+
+
+def _row(before: np.ndarray, after: np.ndarray, model: Met) -> ConceptRow:
+    return ConceptRow(
+        role=model.role,
+        model=model.model,
+        kept=float(np.clip(checks.kept(before, after), 0.0, 1.0).mean()),
+        n_lost=int(checks.lost(before, after).sum()),
+        n_merged=len(checks.merged(before, after)),
+    )
+
+
+def _concepts(
+    session: Session, place: Place, after: np.ndarray, rows: Sequence[ConceptRow]
+) -> Concepts:
+    before = place.before
+    kept, ratio = checks.kept(before, after), checks.strength_ratio(before, after)
+    gone = checks.lost(before, after)
+    pairs = checks.merged(before, after)[:SHOWN]
+    told = sorted(range(len(kept)), key=lambda k: float(kept[k]))[:SHOWN]
+    named = {k: _examples(session, place, k) for k in {*told, *(k for pair in pairs for k in pair)}}
+    return Concepts(
+        unit=place.unit.name,
+        n_concepts=len(kept),
+        n_vectors=len(before),
+        rows=tuple(rows),
+        moved=tuple(
+            Concept(k, named[k], float(max(0.0, kept[k])), float(ratio[k]), bool(gone[k]))
+            for k in told
+        ),
+        merged=tuple((named[i], named[j]) for i, j in pairs),
+    )
+
+
+def _vectors(session: Session, model: Explained, units: Mapping[str, Unit]) -> dict[str, Vectors]:
+    """What enters each unit, at some positions of every audit sample."""
+    found: dict[str, list[Vectors]] = {name: [] for name in units}
+    batches = session.data.audit
+    n_samples = sum(_size(batch) for batch in batches)
+    most = max(1, min(EACH_SAMPLE, MOST_VECTORS // n_samples))
+    now: list[tuple[Batch, int]] = []
+
+    def visit(call: Call) -> Tensor:
+        name = call.name.removesuffix(".weight")
+        if name in found and call.operation != "embedding":
+            found[name].append(_at_some(call, *now[-1], most))
+        return call.run()
+
+    stage = session.progress.stage(f"concepts of {model.name}", len(batches))
+    with (
+        torch.no_grad(),
+        stage as advance,
+        substituted(model.module, model.weights),
+        watched(model.module, visit),
+    ):
+        first = 0
+        for batch in batches:
+            now.append((batch, first))
+            model.task.forward(model.module, batch)
+            first += _size(batch)
+            advance(1)
+    return {name: _joined(parts) for name, parts in found.items() if parts}
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _at_some(call: Call, batch: Batch, first: int, most: int) -> Vectors:
+    """Vectors at evenly spread positions of each sample, but for those that are filled up."""
+    x = call.input.detach()
+    if call.operation == "convolution":
+        x = x.flatten(2).transpose(1, 2)
+    samples = _size(batch)
+    x = x.reshape(samples, -1, x.shape[-1]) if x.numel() % samples == 0 else x[:0]
+    filled = batch.get("attention")
+    places = []
+    for sample in range(len(x)):
+        positions = torch.arange(x.shape[1])
+        if filled is not None and filled.shape == x.shape[:2]:
+            positions = positions[filled[sample] != 0]
+        step = max(1, -(-len(positions) // most))
+        places += [(sample, int(position)) for position in positions[::step]]
+    chosen = [x[place] for place in places]
+    values = torch.stack(chosen) if chosen else x.new_zeros(0, x.shape[-1])
+    return Vectors(values.double().numpy(), [(first + n, at) for n, at in places])
+
+
+def _joined(parts: Sequence[Vectors]) -> Vectors:
+    values = np.concatenate([part.values for part in parts])
+    return Vectors(values, [place for part in parts for place in part.where])
+
+
+def _examples(session: Session, place: Place, concept: int) -> tuple[str, ...]:
+    """Where a concept is met most: words of texts, else names of samples."""
+    strengths = place.before[:, concept]
+    order = np.argsort(-strengths, kind="stable")[: 4 * EXAMPLES]
+    words = (_word(session, *place.where[i]) for i in order if strengths[i] > 0)
+    return tuple(word for word, _ in Counter(words).most_common(EXAMPLES))
+
+
+def _word(session: Session, sample: int, position: int) -> str:
+    """Name a place for people: the token read there, or the sample."""
+    files, names = session.model.files, session.data.shown
+    samples = [(batch, n) for batch in session.data.audit for n in range(_size(batch))]
+    batch, own = samples[sample]
+    tokens = batch[explained_input(batch)]
+    if not tokens.is_floating_point() and tokens.dim() == 2 and position < tokens.shape[1]:
+        token = int(tokens[own, position])
+        known = "tokenizer.json" in files
+        return read_tokenizer(files).decode([token]) if known else f"token {token}"
+    return names[sample] if sample < len(names) else f"sample {sample}"

@@ -1,5 +1,7 @@
 """Rounding to 8 bits while a model runs: by the equation, its price, and what stays in floats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,6 +63,44 @@ def test_a_dynamic_range_is_that_of_each_sample():
         expected = by_loops(sample.flatten().tolist(), scale, zero_point)
         assert torch.allclose(made.flatten().double(), expected, atol=1.01 * scale)
         assert float((made - sample).abs().max()) <= 0.51 * scale + 1e-6
+
+
+def test_each_row_of_a_linear_map_has_a_range_of_its_own():
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(3, 5, 7, generator=generator)
+    # A token a hundred times as large as the others, one without negatives, one of zeros.
+    x[0, 1] *= 100
+    x[1, 2].abs_()
+    x[2, 4] = 0
+    found = rounded(x, Activation(by_row=True))
+    for row, made in zip(x.flatten(0, 1), found.flatten(0, 1), strict=True):
+        low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
+        scale = (high - low) / TOP_CODE or 1.0
+        expected = by_loops(row.tolist(), scale, round(-low / scale))
+        assert torch.allclose(made.double(), expected, atol=1.01 * scale)
+        assert float((made - row).abs().max()) <= 0.51 * scale + 1e-6
+    assert not found[2, 4].any()
+    others = torch.ones(3, 5, dtype=torch.bool)
+    others[0, 1] = False
+    lost = {by_row: (rounded(x, Activation(by_row=by_row)) - x)[others].norm()
+            for by_row in (False, True)}  # fmt: skip
+    assert lost[True] < 0.1 * lost[False]
+
+
+def test_rows_are_for_linear_maps_alone():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.map = nn.Conv1d(3, 4, 1), nn.Linear(5, 2)
+
+        def forward(self, inputs):
+            return self.map(self.convolution(inputs))
+
+    model = toy("regress", Both(), examples={"inputs": torch.ones(2, 3, 5)})
+    batches = [{"inputs": torch.randn(2, 3, 5)} for _ in range(2)]
+    places = find_places(model, ["convolution", "map"], batches, Silent())
+    assert not places[INPUT, "convolution"].by_row
+    assert places[INPUT, "map"].by_row
 
 
 def test_sums_over_bins_are_sums_over_numbers():
@@ -187,8 +227,12 @@ def test_a_plans_line_is_read_back_and_bad_ones_are_refused():
     written = activations_to_dict(both)
     assert activations_from_dict(written, "u") == {"input": both.input, "output": both.output}
     assert activations_from_dict({"treatment": "t"}, "u") == {}
+    rows = replace(both, input=Activation(damage=0.25, by_row=True), output=None)
+    assert activations_to_dict(rows) == {"input": {"dynamic": "rows", "nats": 0.25}}
+    assert activations_from_dict(activations_to_dict(rows), "u") == {"input": rows.input}
     for bad in (
         "dynamic", {}, {"scale": 0.1}, {"scale": 0.0, "zero_point": 0}, {"dynamic": False},
+        {"dynamic": 1}, {"dynamic": "row"}, {"dynamic": []},
         {"scale": 0.1, "zero_point": 256}, {"scale": 0.1, "zero_point": True}, [1],
         {"scale": float("nan"), "zero_point": 0}, {"scale": 0.1, "zero_point": 1, "more": 1},
         {"dynamic": True, "nats": "x"}, {1: 2}, None,

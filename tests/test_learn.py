@@ -58,6 +58,9 @@ def test_an_input_is_rounded_as_a_plan_rounds_it():
     torch.testing.assert_close(rounded_to_own_range(x), rounded(x, Activation()))
     flat = draws(6).float()
     torch.testing.assert_close(rounded_to_own_range(flat), rounded(flat, Activation()))
+    for rows in (x, flat):
+        found = rounded_to_own_range(rows, by_row=True)
+        torch.testing.assert_close(found, rounded(rows, Activation(by_row=True)))
 
 
 def test_the_gradient_of_a_step_is_that_of_lsq():
@@ -116,7 +119,7 @@ def test_what_is_lost_is_the_divergence_of_the_rounded_model():
     def run(x):
         def step(one, h):
             return torch.nn.functional.linear(
-                rounded(h, Activation()), rounded_weight(one.weight, 4, 0), one.bias
+                rounded(h, Activation(by_row=True)), rounded_weight(one.weight, 4, 0), one.bias
             )
 
         return step(module.fc2, torch.relu(step(module.fc1, module.norm(x))))

@@ -1,6 +1,7 @@
 """Writing ONNX: onnxruntime answers as torch does, in floats and in 8 bits, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -167,6 +168,11 @@ def dynamic(unit):
     return (*INT8, () if unit.kind == "embedding" else (Activation(), None))
 
 
+def rows(unit):
+    by_row = len(unit.shape) == 2
+    return (*INT8, () if unit.kind == "embedding" else (Activation(by_row=by_row), None))
+
+
 def weights_only(unit):
     return (*INT8, ())
 
@@ -182,7 +188,7 @@ def floats(unit):
 
 
 @EACH
-@pytest.mark.parametrize("treat", [static, dynamic, weights_only, four_bits, floats])
+@pytest.mark.parametrize("treat", [static, dynamic, rows, weights_only, four_bits, floats])
 def test_onnxruntime_gives_the_numbers_that_were_priced(model, treat):
     batch = inputs_of(model)
     theirs, ours, _ = both_answers(model, *treated_as(model, treat), batch)
@@ -210,6 +216,9 @@ def test_an_engine_multiplies_integers(tmp_path, monkeypatch):
         ("sentences", static): {"MatMulIntegerToFloat": 12},
         # q, k and v share what they read, so it is rounded by itself.
         ("sentences", dynamic): {"DynamicQuantizeMatMul": 6, "MatMulIntegerToFloat": 6},
+        ("pictures", rows): {"ConvInteger": 4, "MatMulInteger": 1},
+        # Sums of weights are made as the file is opened; those left are the mean of the tokens.
+        ("sentences", rows): {"MatMulInteger": 12, "ReduceSum": 2},
         ("sentences", four_bits): {"MatMulNBits": 12},
     }
 
@@ -223,6 +232,15 @@ def test_an_engine_multiplies_integers(tmp_path, monkeypatch):
         _, _, proto = both_answers(model, *treated_as(model, chosen), inputs_of(model, 1))
         found = ran(model, proto.SerializeToString())
         assert {kind: found.count(kind) for kind in kinds} == kinds, (name, found)
+
+
+def test_a_convolution_has_no_rows():
+    model = MODELS["pictures"]
+    choices, treated = treated_as(model, dynamic)
+    wrong = replace(choices["deep"], input=Activation(by_row=True))
+    with pytest.raises(PlanError, match="deep is a convolution") as raised:
+        _for_onnx(treated["deep"], wrong)
+    assert "dynamic: true" in raised.value.hint
 
 
 def test_who_reads_a_product_is_seen_through_clamps():

@@ -3,9 +3,12 @@
     code = clamp(round(x / scale) + zero_point, 0, 255),   x becomes scale · (code − zero_point)
 
 Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, eq. 1; halves are rounded to even and a
-dynamic range is that of ONNX's QuantizeLinear and DynamicQuantizeLinear, which an engine runs. One
-range holds for a whole tensor. A dynamic range is that of one sample, as where an engine answers
-one request at a time.
+dynamic range is that of ONNX's QuantizeLinear and DynamicQuantizeLinear, which an engine runs. A
+static range holds for a whole tensor. A dynamic one is that of one row of a linear map's input (a
+token), or of one sample of a convolution's, as where an engine answers one request at a time.
+
+Source: rows: Yao et al. 2022, ZeroQuant, https://arxiv.org/abs/2206.01861, "token-wise quantization
+for activations"; here with zero points, for much of what is multiplied lies to one side of 0.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from attar.records import Activation, Candidate
 from attar.sites import Roundings, substituted
 
 TOP_CODE = 255
+# A row of zeros has some step; the smallest float32 that every engine can divide by.
+TINY = torch.finfo(torch.float32).tiny
 
 
 def activation_of(low: float, high: float) -> Activation:
@@ -39,7 +44,7 @@ def activation_of(low: float, high: float) -> Activation:
 def rounded(x: Float[Tensor, "*shape"], activation: Activation) -> Float[Tensor, "*shape"]:
     """Round a tensor whose first dimension is the sample."""
     if activation.scale is None:
-        return _by_sample(x)
+        return _by_row(x) if activation.by_row else _by_sample(x)
     codes = (x / activation.scale).round_().add_(activation.zero_point).clamp_(0, TOP_CODE)
     return codes.sub_(activation.zero_point).mul_(activation.scale)
 
@@ -52,6 +57,14 @@ def _by_sample(x: Tensor) -> Tensor:
     zero_point = (-low[:, None] / scale).round_().clamp_(0, TOP_CODE)
     codes = (rows / scale).round_().add_(zero_point).clamp_(0, TOP_CODE)
     return codes.sub_(zero_point).mul_(scale).view(x.shape)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / TOP_CODE).clamp(min=TINY)
+    zero_point = (-low / scale).round_()
+    codes = (x / scale).round_().add_(zero_point).clamp_(0, TOP_CODE)
+    return codes.sub_(zero_point).mul_(scale)
 
 
 def roundings(choices: Mapping[str, Candidate]) -> Roundings:

@@ -381,14 +381,16 @@ class Activation:
         x becomes scale · (code − zero_point), code from 0 to 255
 
     Attributes:
-        scale: Units per code step; None where each sample's own range decides (dynamic).
+        scale: Units per code step; None where the numbers' own range decides (dynamic).
         zero_point: The code that stands for 0.0.
         damage: Nats per prediction that this costs, or the unit's share of that.
+        by_row: Of a dynamic range: each row that a linear map reads has one, not each sample.
     """
 
     scale: float | None = None
     zero_point: int = 0
     damage: float = 0.0
+    by_row: bool = False
 
 
 @dataclass(frozen=True)

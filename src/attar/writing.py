@@ -174,6 +174,11 @@ def _for_onnx(treated: Treated, choice: Candidate) -> Stored:
             hint="give it quantize_feedback with bits 8, group_size 0 and symmetric true, or take "
             "input and output out of its line.",
         )
+    if choice.input is not None and choice.input.by_row and len(unit.shape) != 2:
+        raise PlanError(
+            f"{unit.name} is a convolution, and what it reads has no rows.",
+            hint="write input: {dynamic: true} in its line.",
+        )
     if isinstance(transform, KeepFloat) and not transform.bfloat16:
         return Stored(unit, treated.tensors["weight"])
     if isinstance(transform, QuantizeFeedback | QuantizeRtn) and transform.bits in (4, 8):

@@ -113,12 +113,16 @@ def rounded_between(x: Tensor, low: Float[Tensor, "..."], high: Float[Tensor, ".
     return ((through(x / step) + zero).clamp(0, TOP_CODE) - zero) * step
 
 
-def rounded_to_own_range(x: Tensor) -> Tensor:
+def rounded_to_own_range(x: Tensor, *, by_row: bool = False) -> Tensor:
     """Round each sample to 8 bits within the range of its own.
 
     Args:
         x: Samples first.
+        by_row: Each row that a linear map reads has a range, not each sample.
     """
+    if by_row:
+        ends = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        return rounded_between(x, *ends)
     rows = x.flatten(1) if x.dim() > 1 else x[:, None]
     shape = (-1, *[1] * (x.dim() - 1))
     low, high = rows.amin(1).clamp(max=0).view(shape), rows.amax(1).clamp(min=0).view(shape)
@@ -263,7 +267,10 @@ class Learner:
     def _around(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """What is done to the input of each unit."""
         if self._how.activations == "dynamic":
-            return dict.fromkeys(self._multiplied, rounded_to_own_range)
+            return {
+                name: partial(rounded_to_own_range, by_row=len(self._units[name].shape) == 2)
+                for name in self._multiplied
+            }
         around: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, reach in self._reach.items():
             ends = torch.tensor(self._first[name]) * reach.exp()

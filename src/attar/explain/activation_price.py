@@ -37,7 +37,6 @@ BINS = 8192
 # Parts of the range seen that are tried for each of its ends. At the low end also 0: what a
 # following ReLU takes away need not be told apart.
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-DYNAMIC = Activation()
 INPUT, OUTPUT = "input", "output"
 
 Key = tuple[str, str]
@@ -50,6 +49,7 @@ class Place:
 
     Attributes:
         units: Those that read it; of an output, the one that makes it.
+        by_row: Whether all of them are linear maps, so that each row may have a range of its own.
         low: Smallest number seen, 0 at most.
         high: Largest number seen, 0 at least.
     """
@@ -57,6 +57,7 @@ class Place:
     units: list[str] = field(default_factory=list)
     low: float = 0.0
     high: float = 0.0
+    by_row: bool = True
 
 
 class _Readers:
@@ -90,8 +91,10 @@ def find_places(
             output, name = call.run(), call.name.removesuffix(".weight")
             if name in names:
                 first = str(readers.known(call.input, lambda: name))
-                _see(found.setdefault((INPUT, first), Place()), name, call.input)
-                _see(found.setdefault((OUTPUT, name), Place()), name, output)
+                for key, x in (((INPUT, first), call.input), ((OUTPUT, name), output)):
+                    place = found.setdefault(key, Place())
+                    place.by_row &= call.operation == "linear"
+                    _see(place, name, x)
             return output
 
         with torch.no_grad(), watched(model.module, visit):
@@ -105,6 +108,7 @@ def find_places(
                 known = places.setdefault(key, Place())
                 known.units += [name for name in seen.units if name not in known.units]
                 known.low, known.high = min(known.low, seen.low), max(known.high, seen.high)
+                known.by_row &= seen.by_row
             advance(1)
     return places
 
@@ -145,15 +149,9 @@ def trials_of(place: Place) -> Trials:
 
 
 def slopes(
-    x: Float[Tensor, "samples numbers"], g: Float[Tensor, "samples numbers"], trials: Trials | None
+    x: Float[Tensor, "samples numbers"], g: Float[Tensor, "samples numbers"], trials: Trials
 ) -> Float[Tensor, "trials samples"]:
-    """Σ g·e(x) of each sample under each range tried.
-
-    Args:
-        trials: None: the range of each sample.
-    """
-    if trials is None:
-        return ((rounded(x, DYNAMIC) - x) * g).sum(1)[None]
+    """Σ g·e(x) of each sample under each range tried."""
     bins = trials.errors.shape[1]
     # Samples lie one after the other; data not seen when ranges were found may lie outside.
     number = (x / trials.width).round_().sub_(trials.first).clamp_(0, bins - 1).long()
@@ -180,7 +178,10 @@ def price_activations(
         dynamic: Take the range of each sample instead of choosing one.
         draws: Answers sampled per prediction.
     """
-    tried = {key: None if dynamic else trials_of(place) for key, place in places.items()}
+    tried: dict[Key, Trials | Activation] = {
+        key: Activation(by_row=place.by_row) if dynamic else trials_of(place)
+        for key, place in places.items()
+    }
 
     def price_batch(number: int) -> tuple[dict[Key, Tensor], int]:
         generator = torch.Generator().manual_seed(seed * len(batches) + number)
@@ -209,9 +210,9 @@ def price_activations(
     }
 
 
-def _best(place: Place, trials: Trials | None, damages: Tensor) -> PricedActivation:
+def _best(place: Place, tried: Trials | Activation, damages: Tensor) -> PricedActivation:
     least = int(damages.argmin())
-    activation = DYNAMIC if trials is None else trials.activations[least]
+    activation = tried if isinstance(tried, Activation) else tried.activations[least]
     return PricedActivation(tuple(place.units), activation, float(damages[least]))
 
 
@@ -219,7 +220,7 @@ def _run(
     model: Model,
     batch: Batch,
     places: Mapping[Key, Place],
-    tried: Mapping[Key, Trials | None],
+    tried: Mapping[Key, Trials | Activation],
     sums: dict[Key, Tensor],
 ) -> Tensor:
     """Run forward; the sums grow when the result is run backward."""
@@ -228,8 +229,11 @@ def _run(
     readers = _Readers()
 
     def meet(key: Key, x: Tensor, g: Tensor) -> None:
-        rows = samples if x.numel() % samples == 0 else 1
-        squares = slopes(x.reshape(rows, -1), g.reshape(rows, -1), tried[key])
+        count, one = samples if x.numel() % samples == 0 else 1, tried[key]
+        if isinstance(one, Activation):
+            squares = ((rounded(x, one) - x) * g).reshape(count, -1).sum(1)[None]
+        else:
+            squares = slopes(x.reshape(count, -1), g.reshape(count, -1), one)
         added = squares.double().square().sum(1)
         sums[key] = sums[key] + added if key in sums else added
 

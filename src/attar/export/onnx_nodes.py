@@ -2,9 +2,10 @@
 
 Weights in 8 bits and what they are multiplied with stand behind DequantizeLinear, which an engine
 joins with the multiplication to one of integers (the QDQ form). Dynamic ranges are
-DynamicQuantizeLinear with MatMulInteger or ConvInteger. Weights in 4 bits are dequantized in
-blocks, which onnxruntime makes MatMulNBits of; those in 16 bits are cast. A bias beside 8 bits is
-int32 in steps of both scales, as the engine adds it to its sum.
+DynamicQuantizeLinear with MatMulInteger or ConvInteger; where each row has one, plain operations
+find it, and MatMulInteger multiplies. Weights in 4 bits are dequantized in blocks, of which
+onnxruntime makes MatMulNBits; those in 16 bits are cast. A bias beside 8 bits is int32 in steps of
+both scales, as the engine adds it to its sum.
 
 Source: ONNX operators, opset 21, https://onnx.ai/onnx/operators/.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attar.activations import TINY, TOP_CODE
 from attar.errors import ModelError
 from attar.export.onnx_graph import Reading
 from attar.records import Activation, Unit
@@ -109,6 +111,10 @@ class Writer:
     def _multiply_integers(self, node: Any, stored: Stored, is_columns: bool) -> None:
         """Ranges of each call: multiply integers, then scale."""
         assert isinstance(stored.weight, Codes)
+        assert stored.input is not None
+        if stored.input.by_row:
+            self._multiply_rows(node, stored, is_columns)
+            return
         name, x, y = stored.unit.name, node.input[0], node.output[0]
         codes, scale_of_x, zero = (f"{x}/{part}" for part in ("codes", "scale", "zero"))
         if codes not in self._made:
@@ -129,6 +135,64 @@ class Writer:
         if has_bias:
             bias = self._values(node.input[2]).reshape(shape)
             self._node("Add", [product, self._tensor(f"{node.input[2]}/spread", bias)], y)
+
+    def _multiply_rows(self, node: Any, stored: Stored, is_columns: bool) -> None:
+        """Ranges of each row: Σ (q − z) w = Σ q w − z Σ w, in integers, then scale.
+
+        MatMulInteger takes one zero point for all rows, so theirs are taken off its sum. The sum of
+        a weight's codes is a constant of the graph, which an engine works out as it opens the file.
+        """
+        assert isinstance(stored.weight, Codes)
+        name, y = stored.unit.name, node.output[0]
+        codes, scale_of_x, zero = self._rounded_rows(node.input[0])
+        weight = self._codes(stored, is_columns, signed=False)
+        if not is_columns:
+            weight = self._node("Transpose", [weight], f"{name}/columns", perm=[1, 0])
+        none = self._tensor("rows/none", np.array(0, np.uint8))
+        middle = self._tensor(f"{name}/middle", np.array(MIDDLE, np.uint8))
+        self._node("MatMulInteger", [codes, weight, none, middle], f"{y}/sum")
+        total = self._added(stored, weight)
+        off = self._node("Mul", [zero, total], f"{y}/off")
+        self._node("Sub", [f"{y}/sum", off], f"{y}/right")
+        self._node("Cast", [f"{y}/right"], f"{y}/steps", to=FLOAT)
+        self._node("Mul", [f"{y}/steps", scale_of_x], f"{y}/scaled")
+        scale = self._half(f"{name}/scale", stored.weight.scale.reshape(-1))
+        self._node("Mul", [f"{y}/scaled", scale], y)
+
+    def _added(self, stored: Stored, weight: str) -> str:
+        """Sum of all codes that an output channel is made with, counted from the middle one."""
+        name = stored.unit.name
+        axis = self._tensor("rows/first", np.array([0], np.int64))
+        whole = self._node("Cast", [weight], f"{name}/whole", to=INT32)
+        added = self._node("ReduceSum", [whole, axis], f"{name}/added", keepdims=1)
+        middles = np.array(MIDDLE * stored.unit.columns, np.int32)
+        return self._node("Sub", [added, self._tensor(f"{name}/middles", middles)], f"{name}/total")
+
+    def _rounded_rows(self, x: str) -> tuple[str, str, str]:
+        """Codes, scale and zero point (int32) of each row; those that read it share the nodes."""
+        codes, scale, zero = (f"{x}/rows/{part}" for part in ("codes", "scale", "zero"))
+        if codes in self._made:
+            return codes, scale, zero
+        nothing = self._tensor("rows/nothing", np.array(0, np.float32))
+        ends = []
+        for reduce, bound in (("ReduceMin", "Min"), ("ReduceMax", "Max")):
+            axis = self._tensor("rows/axis", np.array([-1], np.int64))
+            end = self._node(reduce, [x, axis], f"{x}/rows/{reduce}", keepdims=1)
+            ends.append(self._node(bound, [end, nothing], f"{x}/rows/{bound}"))
+        wide = self._node("Sub", [ends[1], ends[0]], f"{x}/rows/wide")
+        top = self._tensor("rows/top", np.array(TOP_CODE, np.float32))
+        step = self._node("Div", [wide, top], f"{x}/rows/step")
+        self._node("Max", [step, self._tensor("rows/tiny", np.array(TINY, np.float32))], scale)
+        whole, middle = f"{x}/rows/whole", f"{zero}/float"
+        below = self._node("Div", [ends[0], scale], f"{x}/rows/below")
+        self._node("Neg", [self._node("Round", [below], whole)], middle)
+        steps = self._node("Div", [x, scale], f"{x}/rows/steps")
+        rounded = self._node("Round", [steps], f"{x}/rows/rounded")
+        moved = self._node("Add", [rounded, middle], f"{x}/rows/moved")
+        kept = self._node("Clip", [moved, nothing, top], f"{x}/rows/kept")
+        self._node("Cast", [kept], codes, to=UINT8)
+        self._node("Cast", [middle], zero, to=INT32)
+        return codes, scale, zero
 
     def _look_up(self, node: Any, stored: Stored) -> None:
         """Rows of an embedding: looked up first, made floats then."""

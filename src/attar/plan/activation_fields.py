@@ -1,6 +1,7 @@
 """How a plan's line says what is rounded around a unit while the model runs.
 
 input: {scale: 0.0235, zero_point: 3, nats: 1.2e-05}     a range that was chosen
+input: {dynamic: rows, nats: 1.2e-05}                    the range of each row
 output: {dynamic: true, nats: 0.0}                       the range of each sample
 """
 
@@ -14,6 +15,7 @@ from attar.errors import PlanError
 from attar.records import Activation, Candidate
 
 SIDES = ("input", "output")
+BY_ROW = "rows"
 _DYNAMIC, _STATIC = {"dynamic", "nats"}, {"scale", "zero_point", "nats"}
 
 
@@ -29,7 +31,7 @@ def activations_to_dict(candidate: Candidate) -> dict[str, Any]:
 
 def _range(activation: Activation) -> dict[str, Any]:
     if activation.scale is None:
-        return {"dynamic": True}
+        return {"dynamic": BY_ROW if activation.by_row else True}
     return {"scale": activation.scale, "zero_point": activation.zero_point}
 
 
@@ -45,8 +47,9 @@ def activations_from_dict(line: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _activation(given: Any, side: str, name: str) -> Activation:
     fields = set(given) if isinstance(given, dict) else set()
     nats = given.get("nats", 0.0) if fields else 0.0
-    if fields <= _DYNAMIC and fields and given.get("dynamic") is True and _number(nats):
-        return Activation(damage=float(nats))
+    kind = given.get("dynamic") if fields else None
+    if fields <= _DYNAMIC and (kind is True or kind == BY_ROW) and _number(nats):
+        return Activation(damage=float(nats), by_row=kind == BY_ROW)
     if fields <= _STATIC and {"scale", "zero_point"} <= fields and _number(nats):
         scale, zero_point = given["scale"], given["zero_point"]
         whole = isinstance(zero_point, int) and not isinstance(zero_point, bool)
@@ -55,7 +58,7 @@ def _activation(given: Any, side: str, name: str) -> Activation:
     raise PlanError(
         f"the {side} of {name!r} is {given!r}, which is no rounding to 8 bits.",
         hint="write {scale: 0.02, zero_point: 0} with a zero_point from 0 to 255, or "
-        "{dynamic: true}, or leave it out.",
+        "{dynamic: true} or, of a linear map, {dynamic: rows}, or leave it out.",
     )
 
 

@@ -44,7 +44,7 @@ FAULTS: dict[str, tuple[Callable[[int, int], networks.Trained], Plant]] = {
     "untouched classifier": (networks.classifier, networks.untouched),
     "untouched language model": (networks.speaker, networks.untouched),
 }
-BY_SLICE = ("one class damaged", "one language damaged")
+BY_CLASS, BY_SLICE = ("one class damaged",), ("one language damaged",)
 UNTOUCHED = ("untouched classifier", "untouched language model")
 SPEED, RETURNS = "two language models of 135M", "ways back"
 MODELS = (*FAULTS, RETURNS, SPEED)
@@ -73,10 +73,12 @@ def found_share(fault: str, plants: int) -> dict[str, float]:
         if number_ % PER_NETWORK == 0:
             trained = train(number_ // PER_NETWORK, SAMPLES[train_task(train)])
         planted = plant(trained, np.random.default_rng(number_))
-        verdict = audited(trained, planted.module, seed=number_, attribute=fault not in BY_SLICE)
-        blamed = [one.label for one in verdict.slices if one.p_worse < ALPHA]
-        alarms += bool(blamed)
-        if fault in BY_SLICE:
+        attribute = fault not in BY_SLICE + BY_CLASS
+        verdict = audited(trained, planted.module, seed=number_, attribute=attribute)
+        found = verdict.classes if fault in BY_CLASS else verdict.slices
+        blamed = [one.label for one in found if one.p_worse < ALPHA]
+        alarms += any(one.p_worse < ALPHA for one in verdict.classes + verdict.slices)
+        if not attribute:
             named += bool(blamed) and blamed[0] == planted.culprit
         elif verdict.responsible:
             first = verdict.responsible[0]

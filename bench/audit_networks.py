@@ -197,7 +197,7 @@ def damaged_class(trained: Trained, draws: np.random.Generator) -> Plant:
     module = everywhere_rounded(trained, 8)
     label = int(draws.integers(CLASSES))
     module.get_parameter("last.weight").data[label] *= 2 / 3
-    return Plant(module, str(label))
+    return Plant(module, f"class {label}")
 
 
 def damaged_language(trained: Trained, draws: np.random.Generator) -> Plant:

@@ -321,6 +321,23 @@ def efficientnet():
             )
             for label, n, nats, p in (("night", 8, 0.19, 0.004), ("<b>day</b>", 88, 0.05, 1.0))
         ),
+        classes=tuple(
+            SliceFound(
+                label,
+                n,
+                n,
+                Estimate(nats, 0.0, 2 * nats),
+                Estimate(0.0, 0.0, 0.0),
+                None,
+                p,
+                None,
+                1.0,
+            )
+            for label, n, nats, p in (
+                ("espresso", 13, 0.21, 0.002),
+                ("rarer classes", 83, 0.04, 1.0),
+            )
+        ),
     )
     return replace(
         smollm2(),

@@ -8,7 +8,7 @@ from scipy.special import softmax
 from test_fidelity import compared
 from torch import nn
 
-from attar.audit.behaviour import against_truth, by_slice, with_calibration
+from attar.audit.behaviour import RARER, against_truth, by_class, by_slice, with_calibration
 from attar.audit.fidelity import TEMPERATURES
 from attar.audit.verdict import judge
 from attar.errors import DataError
@@ -135,15 +135,59 @@ def test_one_label_for_all_is_no_slice():
     assert by_slice(measured, ["a"] * 9, family="categorical", seed=0) == ()
 
 
+def test_a_damaged_class_is_found_by_the_answer_though_its_label_hides_it():
+    """Samples that the original takes for the class are spoilt, whatever their label is."""
+    x = inputs(160, seed=3)
+    answers = x[:, 1:].argmax(1).tolist()
+    spoilt = [i for i, answer in enumerate(answers) if answer == 2][:30]
+    measured = found(Given(), Given(0.97, spoilt), x)
+    names = ["zero", "one", "two", "three"]
+    worst, *others = by_class(measured, names, seed=0)
+    assert worst.label == "two" and worst.n_samples == answers.count(2) and worst.p_worse < 0.01
+    assert {one.label for one in others} == {"zero", "one", "three"}
+    assert all(one.p_worse > 0.2 for one in others)
+    labels = [names[i % 4] for i in range(160)]
+    assert all(
+        one.p_worse > 0.05 for one in by_slice(measured, labels, family="categorical", seed=0)
+    )
+
+
+def test_rare_answers_are_one_row_and_of_one_row_there_is_no_table():
+    x = inputs(40, seed=8)
+    x[:, 1] += 4.0
+    answers = x[:, 1:].argmax(1)
+    often = [c for c in range(4) if int((answers == c).sum()) >= 5]
+    assert 0 < len(often) < 4
+    measured = found(Given(), Given(0.9), x)
+    classes = by_class(measured, list("abcd"), seed=0)
+    assert {one.label for one in classes} == {"abcd"[c] for c in often} | {RARER}
+    assert sum(one.n_samples for one in classes) == 40
+    assert by_class(measured, [], seed=0) == ()
+    x[:, 1] += 100.0
+    assert by_class(found(Given(), Given(0.9), x), list("abcd"), seed=0) == ()
+
+
+def test_what_float32_rounds_is_no_slice_that_lost_more():
+    """One class is less sure, so its rounding is larger, and still no loss."""
+    x = inputs(90, seed=6)
+    labels = ["sure" if i % 2 else "unsure" for i in range(90)]
+    x[1::2, 1:] *= 4
+    measured = found(Given(), Given(1 + 1e-6), x)
+    assert abs(measured.divergence).max() < 1e-6
+    slices = by_slice(measured, labels, family="categorical", seed=0)
+    assert [one.p_worse for one in slices] == [1.0, 1.0]
+
+
 def test_a_verdict_holds_truth_and_slices_and_no_perplexity_of_labels():
     x = inputs(30)
     measured = found(Given(), Given(0.5), x, x[:, 1:].argmax(1).tolist())
     verdict = judge(measured, family="categorical", predicted_damage=0.0, seed=0,
-                    slices=["a", "b"] * 15, labelled=True)  # fmt: skip
+                    slices=["a", "b"] * 15, classes=list("wxyz"), labelled=True)  # fmt: skip
     assert verdict.perplexity_ratio is None
     assert verdict.truth.accuracy_before.value == 1.0
     assert verdict.truth.calibration_after is not None
     assert {one.label for one in verdict.slices} == {"a", "b"}
+    assert {one.label for one in verdict.classes} <= {*"wxyz", RARER} and verdict.classes
     assert verdict.divergence_median <= verdict.divergence_p95 <= verdict.divergence_p99
     assert 0 < verdict.jensen_shannon.value < np.log(2)
 

@@ -1,7 +1,7 @@
 """Tests of paired results against scipy, and against what they promise on data made for it."""
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -29,23 +29,60 @@ def test_sign_flip_agrees_with_every_sign_tried():
     assert paired.sign_flip(np.zeros(4), 0) == 1.0
 
 
-def test_larger_than_the_rest_agrees_with_every_choice_tried():
-    sums, counts = np.array([3.0, 2.5, 0.5, 1.0, 0.7, 2.0, 0.2]), np.ones(7, int)
-    chosen = np.array([True, True, False, False, False, True, False])
-    exact = stats.permutation_test(
-        (sums[chosen], sums[~chosen]),
-        lambda a, b: a.mean() - b.mean(),
-        alternative="greater",
-        n_resamples=np.inf,
-    ).pvalue
-    found = paired.larger_than_the_rest(sums, counts, chosen, 0)
-    assert found == pytest.approx(exact, abs=0.015)
+def in_errors(sums, counts, chosen):
+    """Difference of the two means over predictions, in standard errors, by loops."""
+    means, variance = [], 0.0
+    for side in (True, False):
+        own = [i for i in range(len(sums)) if bool(chosen[i]) is side]
+        inside = sum(counts[i] for i in own)
+        mean = sum(sums[i] for i in own) / inside
+        squares = sum((sums[i] - mean * counts[i]) ** 2 for i in own)
+        variance += len(own) / (len(own) - 1) * squares / inside**2
+        means.append(mean)
+    return (means[0] - means[1]) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize("counts", [[1] * 9, [1, 4, 2, 7, 3, 1, 5, 2, 2]])
+def test_larger_than_the_rest_agrees_with_every_choice_tried(counts):
+    counts = np.array(counts)
+    sums = np.array([3.0, 2.5, 0.5, 1.0, 0.7, 2.0, 0.2, 0.1, 1.3]) * counts
+    chosen = (0, 1, 5, 7)
+    inside = np.isin(np.arange(9), chosen)
+    found = in_errors(sums, counts, inside)
+    tried = [
+        in_errors(sums, counts, np.isin(np.arange(9), other)) for other in combinations(range(9), 4)
+    ]
+    exact = np.mean([one >= found - 1e-9 for one in tried])
+    both = paired.larger_than_the_rest(sums, counts, (~inside).astype(int), 0)
+    # 4,999 draws of a share of about 0.1 have a standard error of 0.004.
+    assert both[0] == pytest.approx(exact, abs=0.015)
+    low = np.mean([one <= found + 1e-9 for one in tried])
+    assert both[1] == pytest.approx(low, abs=0.015)
+
+
+def test_one_rare_large_value_does_not_hide_what_happened_to_all_of_a_slice():
+    draws = np.random.default_rng(5)
+    slices = np.repeat([0, 1, 2], 30)
+    values = draws.exponential(0.01, 90) + 0.05 * (slices == 1)
+    values[3] = 3.0  # of slice 0, whose mean is now the largest
+    p_values = paired.larger_than_the_rest(values, np.ones(90, int), slices, 0)
+    assert values[slices == 0].mean() > values[slices == 1].mean()
+    assert p_values[0] > 0.2 and p_values[2] > 0.5
+    values[3] = 0.0
+    assert paired.larger_than_the_rest(values, np.ones(90, int), slices, 0)[1] < 0.001
 
 
 def test_a_slice_that_is_everything_or_nothing_is_not_worse():
-    sums, counts = np.ones(4), np.ones(4, int)
-    for chosen in (np.ones(4, bool), np.zeros(4, bool)):
-        assert paired.larger_than_the_rest(sums, counts, chosen, 0) == 1.0
+    sums, counts = np.arange(4.0), np.ones(4, int)
+    assert paired.larger_than_the_rest(sums, counts, np.zeros(4, int), 0).tolist() == [1.0]
+    assert paired.larger_than_the_rest(sums, counts, np.full(4, 1), 0).tolist() == [1.0, 1.0]
+
+
+def test_a_difference_without_any_spread_is_beyond_chance_and_none_is_none():
+    slices, counts = np.array([0] * 10 + [1] * 10), np.ones(20, int)
+    apart = paired.larger_than_the_rest(np.where(slices == 0, 1.0, 0.0), counts, slices, 0)
+    assert apart[0] < 0.001 and apart[1] == 1.0
+    assert paired.larger_than_the_rest(np.ones(20), counts, slices, 0).tolist() == [1.0, 1.0]
 
 
 def test_samples_without_a_difference_give_false_alarms_as_often_as_said():
@@ -53,8 +90,8 @@ def test_samples_without_a_difference_give_false_alarms_as_often_as_said():
     small = 0
     for seed in range(60):
         values = draws.exponential(1.0, 40)
-        chosen = np.arange(40) < 12
-        small += paired.larger_than_the_rest(values, np.ones(40, int), chosen, seed) <= 0.1
+        slices = (np.arange(40) >= 12).astype(int)
+        small += paired.larger_than_the_rest(values, np.ones(40, int), slices, seed)[0] <= 0.1
     assert small <= stats.binom.ppf(0.999, 60, 0.1)
 
 

@@ -204,6 +204,8 @@ def test_slices_and_true_answers_stand_on_the_page_as_text():
     assert rows[0][2] == "0.190" and rows[0][-2] == "0.0040"
     assert rows[0][5:8] == ["", "", ""]  # no true answer is known there
     assert rows[1][5:8] == ["70.0%", "65.0%", "0.40"]
+    (answer,) = [row for row in page.rows if row and row[0] == "espresso" and row[1] == "13"]
+    assert answer[2] == "0.210" and answer[-2] == "0.0020"
     assert "5.00% were right and are wrong now, 1.00% the other way round (p 0.21)" in page.words
     assert ["best temperature", "1.09", "1.19"] in page.rows
     layers = [row for row in page.rows if row and row[0] in ("_blocks.3", "_fc")]

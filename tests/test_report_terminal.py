@@ -96,6 +96,8 @@ def test_slices_and_true_answers_are_told():
     assert night == ["night", "8", "0.190", "0.0950", "to", "0.380", "3.00%", "0.0040"]
     (day,) = [line for line in lines if line and line[0] == "<b>day</b>"]
     assert day[1] == "88"
+    (answer,) = [line for line in lines if line and line[0] == "espresso" and "0.210" in line]
+    assert answer[1] == "13" and answer[-1] == "0.0020"
     (first,) = [line for line in lines if line and line[0] == "_blocks.3"]
     assert first == ["_blocks.3", "row", "5", "82.0%", "0.0500", "41.0", "kB", "0.0310", "0.0290"]
     text = " ".join(text.split())

@@ -129,6 +129,7 @@ def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdic
             predicted_damage=decided.plan.predicted_damage,
             seed=session.recipe.seed,
             slices=session.data.audit_slices,
+            classes=_classes(session),
             labelled=bool(session.data.answers),
         )
         verdict = _located(session, small, verdict, measured)
@@ -163,6 +164,7 @@ def compare_models(session: Session, other: Model) -> tuple[Verdict, Measured]:
             predicted_damage=0.0,  # nobody predicted anything
             seed=session.recipe.seed,
             slices=session.data.audit_slices,
+            classes=_classes(session),
             labelled=bool(session.data.answers),
         )
         verdict = _located(session, other, replace(verdict, notes=matched.notes), measured)
@@ -309,10 +311,18 @@ def naming(session: Session) -> Naming | None:
         return Naming(lambda t: str(tokenizer.decode([t])), texts, tokenizer.decode)
     if session.divergence.family != "categorical":
         return None
+    labels = _classes(session)
+    return Naming(lambda c: labels[c], list(data.shown))
+
+
+def _classes(session: Session) -> list[str]:
+    """Names of the answers, where they are classes; else none."""
+    model = session.model
+    if session.divergence.family != "categorical" or model.task.name in ("language", "transcribe"):
+        return []
     with torch.no_grad():
         n_classes = model.task.forward(model.module, model.examples).shape[-1]
-    labels = class_names(model.files, n_classes)
-    return Naming(lambda c: labels[c], list(data.shown))
+    return class_names(model.files, n_classes)
 
 
 def _details(session: Session, other: Model, measured: Measured) -> dict[str, object]:

@@ -777,7 +777,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class SliceFound:
-    """What the samples of one label lost.
+    """What the samples of one label, or of one answer of the original, lost.
 
     Attributes:
         flips: Share of changed predictions; None for gaussian.
@@ -1122,6 +1122,7 @@ class Verdict:
         token_divergence: Tokens of one audit text with the nats at each, for the report.
         truth: Both against true answers; None where there are none.
         slices: By label of the samples, those that lost most first.
+        classes: The same by the original's own answer, where each sample gets one.
         checks: What decided.
         policy: Name of the file whose limits are among the checks; "" without one.
         policy_sha256: Of what it says.
@@ -1155,6 +1156,7 @@ class Verdict:
     jensen_shannon: Estimate | None = None
     truth: Truth | None = None
     slices: tuple[SliceFound, ...] = ()
+    classes: tuple[SliceFound, ...] = ()
     checks: tuple[Check, ...] = ()
     policy: str = ""
     policy_sha256: str = ""

@@ -11,6 +11,12 @@ from attar.audit import paired
 from attar.audit.fidelity import TEMPERATURES, Measured, bootstrap
 from attar.records import Calibration, Estimate, SliceFound, Truth
 
+# Nats: float32 gives so much for two answers that are equal but for rounding.
+NO_DIVERGENCE = 2.0**-20
+# An answer that the original gives less often is no class of its own.
+LEAST_PREDICTIONS = 5
+RARER = "rarer classes"
+
 
 def against_truth(measured: Measured, seed: int, chosen: np.ndarray | None = None) -> Truth | None:
     """Compare both models with the true answers.
@@ -86,7 +92,11 @@ def by_slice(
     if len(names) < 2:
         return ()
     own = np.asarray(labels)
-    found = [_one(measured, own, name, family, seed) for name in names]
+    chances = _chances_of_worse(measured, np.searchsorted(names, own), seed)
+    found = [
+        _one(measured, own, name, family, seed, float(chance))
+        for name, chance in zip(names, chances, strict=True)
+    ]
     worse = paired.holm([one.p_worse for one in found])
     judged = [i for i, one in enumerate(found) if one.truth is not None]
     accuracy = dict(zip(judged, paired.holm([_p_of(found[i]) for i in judged]), strict=True))
@@ -96,7 +106,38 @@ def by_slice(
     return tuple(sorted(adjusted, key=lambda one: -one.divergence.value))
 
 
-def _one(measured: Measured, labels: np.ndarray, name: str, family: str, seed: int) -> SliceFound:
+def by_class(measured: Measured, names: Sequence[str], *, seed: int) -> tuple[SliceFound, ...]:
+    """What the original's predictions of each class lost, those that lost most first.
+
+    A fault in what tells one class from others shows here and not in the labels: it also spoils
+    the samples of other labels that the original takes for this class.
+
+    Args:
+        names: Of all classes; empty for none. Those that the original answers less than
+            LEAST_PREDICTIONS times are one slice, "rarer classes".
+    """
+    answers = measured.answer_before
+    if not names or len(np.unique(measured.sample)) < len(answers):
+        return ()
+    often = np.bincount(answers, minlength=len(names)) >= LEAST_PREDICTIONS
+    labels = [""] * (int(measured.sample.max()) + 1)
+    for sample, answer in zip(measured.sample, answers, strict=True):
+        labels[sample] = names[answer] if often[answer] else RARER
+    return by_slice(measured, labels, family="categorical", seed=seed)
+
+
+def _chances_of_worse(measured: Measured, slices: np.ndarray, seed: int) -> np.ndarray:
+    """P of each slice's divergence beyond the rest, before any correction."""
+    beyond = np.where(measured.divergence < NO_DIVERGENCE, 0.0, measured.divergence)
+    n_samples = len(slices)
+    sums = np.bincount(measured.sample, beyond, n_samples)
+    counts = np.bincount(measured.sample, minlength=n_samples)
+    return paired.larger_than_the_rest(sums, counts, slices, seed)
+
+
+def _one(
+    measured: Measured, labels: np.ndarray, name: str, family: str, seed: int, p_worse: float
+) -> SliceFound:
     chosen = np.flatnonzero(labels == name)
     inside = np.isin(measured.sample, chosen)
     values, sample = measured.divergence[inside], measured.sample[inside]
@@ -115,7 +156,7 @@ def _one(measured: Measured, labels: np.ndarray, name: str, family: str, seed: i
         divergence=bootstrap(values, sample, seed=seed),
         flips=flips,
         truth=against_truth(measured, seed, chosen),
-        p_worse=paired.larger_than_the_rest(sums, counts, is_own, seed),
+        p_worse=p_worse,
         p_accuracy=None,
         smallest_shown=paired.smallest_shown(sums[is_own] / counts[is_own] - rest),
     )

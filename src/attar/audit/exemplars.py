@@ -155,5 +155,5 @@ def over_represented(
         drawn = stats.hypergeom(len(forgotten), int(inside.sum()), int(forgotten.sum()))
         return float(drawn.sf(int(forgotten[inside].sum()) - 1))
     sums, counts = np.bincount(place, forgotten.astype(float)), np.bincount(place)
-    is_own = np.bincount(place, inside.astype(float)) > 0
-    return paired.larger_than_the_rest(sums, counts, is_own, seed)
+    is_other = np.bincount(place, inside.astype(float)) == 0
+    return float(paired.larger_than_the_rest(sums, counts, is_other.astype(int), seed)[0])

@@ -48,32 +48,54 @@ def sign_flip(differences: Float[np.ndarray, " samples"], seed: int) -> float:
 def larger_than_the_rest(
     sums: Float[np.ndarray, " samples"],
     counts: Int[np.ndarray, " samples"],
-    chosen: Bool[np.ndarray, " samples"],
+    slices: Int[np.ndarray, " samples"],
     seed: int,
-) -> float:
-    """P of so much larger a mean of the chosen samples if they were chosen at random, one-sided.
+) -> Float[np.ndarray, " slices"]:
+    """P of a slice's mean so far above the rest's if its samples were chosen at random, one-sided.
+
+    The difference is divided by its standard error, without which one slice's rare large values
+    hide what happened to all of another.
 
     Args:
         sums: Of the values of each sample's predictions.
         counts: Predictions of each sample.
+        slices: Number of each sample's slice, from 0 on.
 
-    Source: Pitman 1937, https://doi.org/10.2307/2984124 (permutation test); sampled as above.
+    Source: Pitman 1937, https://doi.org/10.2307/2984124 (permutation test), studentised as in
+    Janssen 1997, https://doi.org/10.1016/S0167-7152(97)00043-6; sampled as above, one draw for all
+    slices.
     """
-    n = int(chosen.sum())
-    if n == 0 or n == len(chosen):
-        return 1.0
-    total, predictions = float(sums.sum()), float(counts.sum())
-
-    def apart(places: np.ndarray) -> float:
-        inside, n_inside = float(sums[places].sum()), float(counts[places].sum())
-        return inside / n_inside - (total - inside) / (predictions - n_inside)
-
-    found = apart(np.flatnonzero(chosen))
-    draws, as_far = np.random.default_rng(seed), 0
+    n_slices = int(slices.max()) + 1
+    found = _studentised(sums, counts, slices, n_slices)
+    # What is equal but for the order of a sum counts as as far.
+    least = found - 1e-12 * np.minimum(np.abs(found), 1.0e300)
+    draws, as_far = np.random.default_rng(seed), np.zeros(n_slices)
     for _ in range(N_RESAMPLES):
-        drawn = draws.permutation(len(chosen))[:n]
-        as_far += apart(drawn) >= found - 1e-12 * abs(found)
+        drawn = draws.permutation(slices)
+        as_far += _studentised(sums, counts, drawn, n_slices) >= least
     return (as_far + 1) / (N_RESAMPLES + 1)
+
+
+def _studentised(
+    sums: np.ndarray, counts: np.ndarray, slices: np.ndarray, n_slices: int
+) -> Float[np.ndarray, " slices"]:
+    """Mean of each slice less that of the rest, in standard errors; samples are what is drawn."""
+    powers = (np.ones(len(sums)), sums, counts, sums * sums, sums * counts, counts * counts)
+    own = np.stack([np.bincount(slices, power, n_slices) for power in powers])
+    rest = own.sum(1, keepdims=True) - own
+    means, variances = [], 0.0
+    for n, s, c, ss, sc, cc in (own, rest):
+        inside = np.maximum(c, 1)
+        mean = s / inside
+        # A mean over predictions is a ratio of sums over samples; this is its linearised variance.
+        squares = np.maximum(ss - 2 * mean * sc + mean * mean * cc, 0.0)
+        variances = variances + squares / inside**2 * n / np.maximum(n - 1, 1)
+        means.append(mean)
+    apart = np.where((own[0] > 0) & (rest[0] > 0), means[0] - means[1], 0.0)
+    # Without any spread a difference is beyond chance, and none is none.
+    surely = np.where(apart == 0, 0.0, np.copysign(np.inf, apart))
+    errors = np.sqrt(variances)
+    return np.where(errors > 0, apart / np.where(errors > 0, errors, 1.0), surely)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

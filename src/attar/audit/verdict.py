@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from attar.audit.behaviour import against_truth, by_slice, with_calibration
+from attar.audit.behaviour import against_truth, by_class, by_slice, with_calibration
 from attar.audit.fidelity import Measured, bootstrap
 from attar.audit.policy import OUTCOMES, check
 from attar.records import Changed, Check, Estimate, GroupClaim, Verdict
@@ -29,12 +29,14 @@ def judge(
     predicted_damage: float,
     seed: int,
     slices: Sequence[str] = (),
+    classes: Sequence[str] = (),
     labelled: bool = False,
 ) -> Verdict:
     """Apply the rule to one comparison.
 
     Args:
         slices: Label of each sample, or empty.
+        classes: Names of the answers, where each sample gets one; or empty.
         labelled: Whether true answers are labels, and not the text itself.
     """
     if not np.isfinite(measured.divergence).all():
@@ -59,6 +61,7 @@ def judge(
         jensen_shannon=_mean(measured.jensen_shannon, measured, seed),
         truth=with_calibration(against_truth(measured, seed), measured),
         slices=by_slice(measured, slices, family=family, seed=seed),
+        classes=by_class(measured, classes, seed=seed),
         checks=checks,
         sample_divergence=_of_samples(measured),
     )

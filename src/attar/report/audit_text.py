@@ -62,12 +62,16 @@ def truth_rows(truth: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return rows
 
 
-def slice_parts(slices: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    """Who lost how much, most first."""
+def slice_parts(slices: Sequence[Mapping[str, Any]], of: str = "slice") -> list[RenderableType]:
+    """Who lost how much, most first.
+
+    Args:
+        of: What the rows are.
+    """
     if not slices:
         return []
     numbers = ("samples", "divergence", "95% interval", "changed", "p worse")
-    table = plain_table("slice", *numbers, right=numbers)
+    table = plain_table(of, *numbers, right=numbers)
     for one in slices[:SHOWN]:
         flips = one["flips"]
         table.add_row(

@@ -181,7 +181,7 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "probability_kept": math.exp(-measured) if entropy is not None else None,
         "divergence_over_entropy": None if entropy is None else _ratio(measured, entropy),
         "truth": None if verdict.truth is None else asdict(verdict.truth),
-        "slices": [asdict(one) for one in verdict.slices],
+        **_for_whom(verdict),
         "checks": [asdict(one) for one in verdict.checks],
         "responsible": [asdict(one) for one in verdict.responsible],
         "treatments_responsible": _by_treatment(verdict.responsible),
@@ -211,6 +211,14 @@ def _by_treatment(responsible: Sequence[Responsible]) -> list[dict[str, Any]]:
             line["share"] += one.share
     lines = [{"treatment": name, **line} for name, line in found.items()]
     return sorted(lines, key=lambda line: -line["nats"])
+
+
+def _for_whom(verdict: Verdict) -> dict[str, Any]:
+    """What the samples of each label, and of each answer, lost."""
+    return {
+        "slices": [asdict(one) for one in verdict.slices],
+        "classes": [asdict(one) for one in verdict.classes],
+    }
 
 
 def _in_use(verdict: Verdict) -> dict[str, Any]:

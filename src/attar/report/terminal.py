@@ -68,6 +68,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         table,
         Text(""),
         *slice_parts(facts["slices"]),
+        *slice_parts(facts["classes"], "answer before"),
         *responsible_parts(facts),
         *choices_parts(facts["choices"]),
         *generation_parts(facts["generation"]),

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from results_file import Bench, Finding, Options, Row, main, number, of_model
 from scipy.stats import spearmanr
-from torch import nn
 
 from attar import attributing, judging
 from attar.load.model import load_model
+from attar.matching import TOKENIZER as TOKENIZER_FILE
 from attar.records import Recipe, Silent, Verdict
 from attar.session import open_recipe, open_session
 
@@ -41,10 +41,12 @@ FAULTS: dict[str, tuple[Callable[[int, int], networks.Trained], Plant]] = {
     "one language damaged": (networks.speaker, networks.damaged_language),
     "one head removed": (networks.speaker, networks.removed_head),
     "embedding truncated": (networks.speaker, networks.truncated_embedding),
+    "shuffled tokenizer": (networks.speaker, networks.shuffled_tokenizer),
     "untouched classifier": (networks.classifier, networks.untouched),
     "untouched language model": (networks.speaker, networks.untouched),
 }
 BY_CLASS, BY_SLICE = ("one class damaged",), ("one language damaged",)
+TOKENIZER = "shuffled tokenizer"
 UNTOUCHED = ("untouched classifier", "untouched language model")
 SPEED, RETURNS = "two language models of 135M", "ways back"
 MODELS = (*FAULTS, RETURNS, SPEED)
@@ -73,12 +75,14 @@ def found_share(fault: str, plants: int) -> dict[str, float]:
         if number_ % PER_NETWORK == 0:
             trained = train(number_ // PER_NETWORK, SAMPLES[train_task(train)])
         planted = plant(trained, np.random.default_rng(number_))
-        attribute = fault not in BY_SLICE + BY_CLASS
-        verdict = audited(trained, planted.module, seed=number_, attribute=attribute)
+        attribute = fault not in (*BY_SLICE, *BY_CLASS, TOKENIZER)
+        verdict = audited(trained, planted, seed=number_, attribute=attribute)
         found = verdict.classes if fault in BY_CLASS else verdict.slices
         blamed = [one.label for one in found if one.p_worse < ALPHA]
         alarms += any(one.p_worse < ALPHA for one in verdict.classes + verdict.slices)
-        if not attribute:
+        if fault == TOKENIZER:
+            named += verdict.reasons[0].startswith("the tokenizer of planted is at fault")
+        elif not attribute:
             named += bool(blamed) and blamed[0] == planted.culprit
         elif verdict.responsible:
             first = verdict.responsible[0]
@@ -96,7 +100,9 @@ def train_task(train: Callable[[int, int], networks.Trained]) -> str:
     return "classify" if train is networks.classifier else "language"
 
 
-def audited(trained: networks.Trained, module: nn.Module, *, seed: int, attribute: bool) -> Verdict:
+def audited(
+    trained: networks.Trained, planted: networks.Plant, *, seed: int, attribute: bool
+) -> Verdict:
     """Audit as `attar audit` does, of modules at hand."""
     examples = {
         name: torch.from_numpy(array[:2])
@@ -104,13 +110,18 @@ def audited(trained: networks.Trained, module: nn.Module, *, seed: int, attribut
         if name not in ("labels", "answers")
     }
     model = load_model(trained.module, examples=examples, task=trained.task)
+    if trained.task == "language":
+        own = networks.tokenizer(networks.Plant(trained.module, "").numbers)
+        model = replace(model, files={TOKENIZER_FILE: own})
     calibration, recovery, audit = COUNTS[trained.task]
     recipe = Recipe(
         "planted", task=trained.task, seed=seed, slices="labels",
         calibration=calibration, recovery=recovery, audit=audit,
     )  # fmt: skip
     session = open_session(recipe, model, Silent(), trained.arrays)
-    other = replace(model, module=module)
+    other = replace(model, module=planted.module, name="planted")
+    if trained.task == "language":
+        other = replace(other, files={TOKENIZER_FILE: networks.tokenizer(planted.numbers)})
     verdict = judging.judge_models(session, other)
     return attributing.with_attribution(session, other, verdict, {}) if attribute else verdict
 
@@ -132,7 +143,7 @@ def ways_back(plants: int) -> tuple[float, int]:
             for train in (networks.classifier, networks.speaker):
                 trained = train(seed, SAMPLES[train_task(train)])
                 module = networks.unevenly_rounded(trained, np.random.default_rng(seed))
-                verdict = audited(trained, module, seed=seed, attribute=True)
+                verdict = audited(trained, networks.Plant(module, ""), seed=seed, attribute=True)
                 predicted += [one.returned for one in verdict.responsible]
                 returned += [one.measured for one in verdict.responsible]
     finally:

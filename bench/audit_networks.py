@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -38,13 +39,15 @@ class Plant:
     """A copy with one fault, and what the report should name first.
 
     Attributes:
-        culprit: A layer's name, or a label.
+        culprit: A layer's name, a label, or "tokenizer".
         where: The head or rows in the layer, or "".
+        numbers: Of the words of a language model, in its tokenizer.
     """
 
     module: nn.Module
     culprit: str
     where: str = ""
+    numbers: tuple[int, ...] = tuple(range(SHARED + LANGUAGES * WORDS))
 
 
 class Residual(nn.Module):
@@ -103,7 +106,8 @@ class Speaker(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the token that follows each."""
-        x = self.embed(tokens) + self.places[: tokens.shape[1]]
+        # What is written beyond the length that was trained begins from the first place again.
+        x = self.embed(tokens) + self.places[torch.arange(tokens.shape[1]) % LENGTH]
         for layer in self.layers:
             x = layer(x)
         logits: Tensor = self.head(self.norm(x))
@@ -226,6 +230,22 @@ def truncated_embedding(trained: Trained, draws: np.random.Generator) -> Plant:
     first = words - int(draws.integers(4, WORDS))
     module.get_parameter("embed.weight").data[first:] = 0
     return Plant(module, "embed", f"rows {first} to {words - 1}")
+
+
+def shuffled_tokenizer(trained: Trained, draws: np.random.Generator) -> Plant:
+    """All in 8 bits, and words have other numbers in the tokenizer than in the table."""
+    module = everywhere_rounded(trained, 8)
+    order = draws.permutation(SHARED + LANGUAGES * WORDS)
+    return Plant(module, "tokenizer", numbers=tuple(int(number) for number in order))
+
+
+def tokenizer(numbers: tuple[int, ...]) -> bytes:
+    """A tokenizer.json of words apart by spaces."""
+    words = {f"w{word}": number for word, number in enumerate(numbers)}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    parts = {"normalizer": None, "post_processor": None, "decoder": None, "added_tokens": []}
+    split = {"type": "WhitespaceSplit"}
+    return json.dumps({**parts, "version": "1.0", "pre_tokenizer": split, "model": model}).encode()
 
 
 def untouched(trained: Trained, draws: np.random.Generator) -> Plant:

@@ -53,16 +53,81 @@ def test_rows_after_the_last_token_are_left_out_and_said(tmp_path):
     assert swapped.verdict.flips.value == 0.0 and len(swapped.verdict.notes) == 1
 
 
+def another_order(seed):
+    """Of all but the two special tokens, whose numbers a tokenizer gives out by itself."""
+    return np.append(np.random.default_rng(seed).permutation(259), np.arange(259, 264))
+
+
+def renamed(model, order):
+    """The same weights with a tokenizer that gives token t the number order[t]."""
+    known = json.loads(model.files["tokenizer.json"])
+    known["model"]["vocab"] = {
+        token: int(order[number]) for token, number in known["model"]["vocab"].items()
+    }
+    files = {**model.files, "tokenizer.json": json.dumps(known).encode()}
+    return replace(model, files=files, name="renamed")
+
+
+def renumbered(model, order):
+    """The same model in every respect, with its tokens in another order."""
+    from copy import deepcopy
+
+    module = deepcopy(model.module)
+    for name in ("model.embed_tokens", "lm_head"):
+        layer = module.get_submodule(name)
+        moved = torch.empty_like(layer.weight)
+        moved[torch.from_numpy(order)] = layer.weight.detach()
+        layer.weight = nn.Parameter(moved, requires_grad=False)
+    return replace(renamed(model, order), module=module)
+
+
+def test_a_shuffled_tokenizer_is_named_first_and_weights_are_not_blamed():
+    model, order = toys.language_model(), another_order(0)
+    found = attar.audit(model, renamed(model, order), tokens()).verdict
+    first, *rest = found.reasons
+    assert first.startswith("the tokenizer of renamed is at fault, and not its weights")
+    assert first.endswith("by those of toy language 0") and rest
+    assert found.divergence.value > 0 and found.flips.value > 0.5
+    (note,) = found.notes
+    assert "compared by the names of tokens" in note and " numbers stand for different ones" in note
+
+
+def test_the_same_model_with_its_tokens_in_another_order_is_the_same():
+    model, order = toys.language_model(), another_order(1)
+    found = attar.audit(model, renumbered(model, order), tokens()).verdict
+    assert found.divergence.value == pytest.approx(0.0, abs=1e-6) and found.flips.value == 0.0
+    assert found.perplexity_ratio.value == pytest.approx(1.0, abs=1e-5)
+    assert not any("at fault" in reason for reason in found.reasons)
+    assert "compared by the names of tokens" in found.notes[0]
+    back = attar.audit(renumbered(model, order), model, tokens()).verdict
+    assert back.flips.value == 0.0
+
+
+def test_what_needs_the_same_tokens_is_refused_where_tokenizers_differ():
+    model, order = toys.language_model(), another_order(1)
+    other = renumbered(model, order)
+    with pytest.raises(DataError, match="the tokenizers differ, so weights of tokens do too"):
+        attar.audit(model, other, tokens(), attribute=True)
+    with pytest.raises(DataError, match="the tokenizers of toy language and renamed differ"):
+        attar.audit(model, other, tokens(), drift=True)
+
+
 def test_tokenizers_that_differ_say_how(text_here, typed):
     write_gguf(text_here / "a.gguf", random_model(LLAMA), LLAMA)
     other = [*TOKENS]
     other[40], other[41] = other[41], other[40]
     assert TOKENS[40] != TOKENS[41]
     write_gguf(text_here / "b.gguf", random_model(LLAMA), LLAMA, tokens=other)
+    code, shown = typed("audit", "a.gguf", "b.gguf", *FEW, "--generate", "2")
+    said = " ".join(shown.out.split())
+    assert code in (0, 1, 3) and "the tokenizers differ: a.gguf has 61 tokens and b.gguf 61" in said
+    assert f"2 numbers stand for different ones, first 40 is {TOKENS[40]!r} and" in said
+    assert "the tokenizers differ, so it was neither let write nor asked" in said
+    other[TOKENS.index("q")] = "never seen"
+    write_gguf(text_here / "b.gguf", random_model(LLAMA), LLAMA, tokens=other)
     code, shown = typed("audit", "a.gguf", "b.gguf", *FEW)
-    assert code == 2 and "the tokenizers differ: a.gguf has 61 tokens and b.gguf 61" in shown.err
-    assert f"2 numbers stand for different ones, first 40 is {TOKENS[40]!r} and" in shown.err
-    assert "hint: compare models that share a tokenizer" in shown.err
+    assert code == 2 and "3 numbers stand for different ones" in shown.err
+    assert "hint: compare models whose tokenizers know the same tokens" in shown.err
 
 
 def test_a_vocabulary_with_more_at_its_end_is_compared_on_what_both_know(text_here, typed):

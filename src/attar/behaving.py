@@ -18,6 +18,7 @@ from attar.errors import DataError
 from attar.export.run import end_tokens
 from attar.inputs import leading_tokens, read_tokenizer
 from attar.load.questions import read_prompts, read_questions
+from attar.matching import match
 from attar.parallel import in_order
 from attar.records import (
     Behaviours,
@@ -39,6 +40,7 @@ OPENING_TOKENS = 32
 MOST_PROMPT_TOKENS = 1024
 # Prompts continued together: a step reads all weights once for all of them.
 ROWS_AT_ONCE = 16
+READS_OTHERWISE = "the tokenizers differ, so it was neither let write nor asked questions"
 CANNOT_BE_READ = "it answers NaN or infinity, so it was neither let write nor asked questions"
 
 Prompt = list[int]
@@ -86,6 +88,8 @@ def with_behaviours(
         return verdict
     if not math.isfinite(verdict.divergence.value):
         return replace(verdict, notes=(*verdict.notes, CANNOT_BE_READ))
+    if match(session, other).renumbering is not None:
+        return replace(verdict, notes=(*verdict.notes, READS_OTHERWISE))
     prompts, questions = read
     with session.timed("behaviour"):
         generation = None

@@ -28,7 +28,7 @@ from attar.export.run import class_names
 from attar.inputs import read_tokenizer
 from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder
-from attar.matching import match
+from attar.matching import Matched, match
 from attar.memory import release
 from attar.parallel import in_order
 from attar.records import (
@@ -90,7 +90,13 @@ def check_models(session: Session, other: Model, reference: Model | None) -> Non
                 f"{model.name} is an ONNX graph, which gives no gradients to explain answers by.",
                 hint="audit the folder that Attar writes with --to attar, or leave --drift out.",
             )
-        if model is not None and match(session, model).own is not None:
+        matched = Matched() if model is None else match(session, model)
+        if model is not None and matched.renumbering is not None:
+            raise DataError(
+                f"the tokenizers of {session.model.name} and {model.name} differ.",
+                hint=LEAVE_OUT_OTHER,
+            )
+        if model is not None and matched.own is not None:
             raise DataError(
                 f"{model.name} shares some of the answers of {session.model.name} alone.",
                 hint=LEAVE_OUT_OTHER,

@@ -48,6 +48,9 @@ GROUP_SHARE = 0.125
 # A model with more roles than this is grouped by its blocks instead.
 MOST_GROUPS = 12
 EVERYTHING = Matched()
+# Batches on which tokens are also taken by their numbers, where the tokenizers' differ; and the
+# share of what is lost by their names below which the tokenizer is at fault.
+TRIED_BY_NUMBER, BLAMED_BELOW = 4, 0.5
 
 
 def forecast_memory(session: Session) -> int:
@@ -168,8 +171,29 @@ def compare_models(session: Session, other: Model) -> tuple[Verdict, Measured]:
             labelled=bool(session.data.answers),
         )
         verdict = _located(session, other, replace(verdict, notes=matched.notes), measured)
+        verdict = _tokenizer_blamed(session, other, matched, verdict)
         details = _details(session, other, measured)
         return with_details(verdict, **details), measured  # type: ignore[arg-type]
+
+
+def _tokenizer_blamed(
+    session: Session, other: Model, matched: Matched, verdict: Verdict
+) -> Verdict:
+    """Say first that the tokenizer is at fault, where the weights go with the original's."""
+    if matched.renumbering is None:
+        return verdict
+    some = replace(session, data=replace(session.data, audit=session.data.audit[:TRIED_BY_NUMBER]))
+    by_name, by_number = (
+        _measure(some, other, one).mean_divergence for one in (matched, matched.by_number())
+    )
+    if not by_number < BLAMED_BELOW * by_name:
+        return verdict
+    reason = (
+        f"the tokenizer of {other.name} is at fault, and not its weights: read by its own numbers "
+        f"of tokens it lost {by_name:.3g} nats, and by those of {session.model.name} "
+        f"{by_number:.3g}"
+    )
+    return replace(verdict, reasons=(reason, *verdict.reasons))
 
 
 def _measure(session: Session, other: Model, matched: Matched = EVERYTHING) -> Measured:

@@ -16,6 +16,7 @@ from attar.session import Session
 
 TOKENIZER, LABELS = "tokenizer.json", "labels.txt"
 TEXT_TASKS = ("language", "transcribe")
+TOKEN_INPUTS = ("tokens", "decoder_tokens")
 # Differences that are named one by one.
 NAMED = 3
 FEWEST_SHARED = 2
@@ -29,11 +30,14 @@ class Matched:
         own: Places among the original's outputs; None for all.
         theirs: Places among the other's, in the same order.
         notes: What could not be compared.
+        renumbering: Number of each of the original's tokens in the other's tokenizer; None where
+            the numbers are the same.
     """
 
     own: Tensor | None = None
     theirs: Tensor | None = None
     notes: tuple[str, ...] = ()
+    renumbering: Tensor | None = None
 
     def before(self, model: Model) -> Model:
         """The original with the shared outputs alone."""
@@ -42,7 +46,17 @@ class Matched:
     def after(self, model: Model) -> Forward:
         """Outputs of the other model that the original shares."""
         narrowed = model if self.theirs is None else _narrowed(model, self.theirs)
-        return lambda batch: narrowed.task.forward(narrowed.module, batch)
+        return lambda batch: narrowed.task.forward(narrowed.module, self._in_their_numbers(batch))
+
+    def by_number(self) -> Matched:
+        """The same with tokens of one number taken for one token, whatever they are called."""
+        return replace(self, theirs=self.own, renumbering=None)
+
+    def _in_their_numbers(self, batch: Batch) -> Batch:
+        if self.renumbering is None:
+            return batch
+        given = {name: self.renumbering[batch[name]] for name in TOKEN_INPUTS if name in batch}
+        return {**batch, **given}
 
     def answers(self, answers: Sequence[int]) -> Sequence[int]:
         """True answers by their places among the shared outputs; -1 for one that is not shared."""
@@ -119,7 +133,9 @@ def _same_tokens(original: Model, other: Model, widths: tuple[int, int]) -> Matc
     ]
     shared = min(widths)
     if known[0] is not None and known[1] is not None:
-        _check_vocabularies(original, other, known[0], known[1])
+        renumbered = _renumbered(original, other, known[0], known[1], widths)
+        if renumbered is not None:
+            return renumbered
         if len(known[0]) != len(known[1]):
             shared = min(shared, len(known[0]), len(known[1]))
     elif widths[0] != widths[1]:
@@ -138,22 +154,39 @@ def _same_tokens(original: Model, other: Model, widths: tuple[int, int]) -> Matc
     return Matched(places, places, (note,))
 
 
-def _check_vocabularies(
-    original: Model, other: Model, one: Mapping[str, int], two: Mapping[str, int]
-) -> None:
-    """Refuse tokenizers that give a number to different tokens."""
+def _renumbered(
+    original: Model,
+    other: Model,
+    one: Mapping[str, int],
+    two: Mapping[str, int],
+    widths: tuple[int, int],
+) -> Matched | None:
+    """Pair tokens by their names where a number stands for different ones; None where none does.
+
+    Raises:
+        DataError: The other does not know all tokens of the original.
+    """
     names = [{number: token for token, number in known.items()} for known in (one, two)]
     both = sorted(names[0].keys() & names[1].keys())
     apart = [number for number in both if names[0][number] != names[1][number]]
     if not apart:
-        return
+        return None
     examples = ", ".join(
         f"{number} is {names[0][number]!r} and {names[1][number]!r}" for number in apart[:NAMED]
     )
-    raise DataError(
+    how = (
         f"the tokenizers differ: {original.name} has {len(one):,} tokens and {other.name} "
-        f"{len(two):,}, and {len(apart):,} numbers stand for different ones, first {examples}.",
-        hint="compare models that share a tokenizer.",
+        f"{len(two):,}, and {len(apart):,} numbers stand for different ones, first {examples}"
+    )
+    theirs = [two.get(names[0].get(number, ""), -1) for number in range(len(one))]
+    if len(one) > widths[0] or min(theirs) < 0 or max(theirs) >= widths[1]:
+        raise DataError(f"{how}.", hint="compare models whose tokenizers know the same tokens.")
+    places = torch.tensor(theirs)
+    return Matched(
+        None if len(one) == widths[0] else torch.arange(len(one)),
+        places,
+        (f"{how}: compared by the names of tokens, in texts cut as {original.name} cuts them",),
+        renumbering=places,
     )
 
 

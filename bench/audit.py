@@ -3,6 +3,8 @@
 Faults are planted in copies of small networks that were really trained (`audit_networks.py`), and
 the audit is asked who is to blame. What a plan's way back returns is predicted and measured. Two
 language models are compared on 100,000 tokens beside two bare forward passes over them.
+
+A number after a colon plants so many faults: `--models "one head removed:20"`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from statistics import median
 
 import audit_networks as networks
@@ -53,8 +56,9 @@ MODELS = (*FAULTS, RETURNS, SPEED)
 
 
 def measure(options: Options) -> Iterator[Row]:
-    plants = 4 if options.quick else PLANTS
-    for name in options.models:
+    for asked in options.models:
+        name, _, number_ = asked.partition(":")
+        plants = int(number_) if number_ else (4 if options.quick else PLANTS)
         start = time.perf_counter()
         if name == SPEED:
             yield {"model": name, **speed(options)}
@@ -67,13 +71,19 @@ def measure(options: Options) -> Iterator[Row]:
             }
 
 
+@cache
+def trained_by(train: Callable[[int, int], networks.Trained], seed: int) -> networks.Trained:
+    """One network for all faults: training takes longer than finding some of them."""
+    return train(seed, SAMPLES[train_task(train)])
+
+
 def found_share(fault: str, plants: int) -> dict[str, float]:
     """Plant a fault so many times, and count how often the report names it first."""
     train, plant = FAULTS[fault]
     named = localised = alarms = 0
     for number_ in range(plants):
         if number_ % PER_NETWORK == 0:
-            trained = train(number_ // PER_NETWORK, SAMPLES[train_task(train)])
+            trained = trained_by(train, number_ // PER_NETWORK)
         planted = plant(trained, np.random.default_rng(number_))
         attribute = fault not in (*BY_SLICE, *BY_CLASS, TOKENIZER)
         verdict = audited(trained, planted, seed=number_, attribute=attribute)
@@ -141,7 +151,7 @@ def ways_back(plants: int) -> tuple[float, int]:
         predicted, returned = [], []
         for seed in range(max(1, plants // PER_NETWORK)):
             for train in (networks.classifier, networks.speaker):
-                trained = train(seed, SAMPLES[train_task(train)])
+                trained = trained_by(train, seed)
                 module = networks.unevenly_rounded(trained, np.random.default_rng(seed))
                 verdict = audited(trained, networks.Plant(module, ""), seed=seed, attribute=True)
                 predicted += [one.returned for one in verdict.responsible]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from attar import attributing, behaving, drifting, judging, serving
+from attar import attributing, behaving, corrupting, drifting, judging, serving
 from attar.audit.fidelity import Measured
 from attar.audit.policy import Policy, with_policy
 from attar.records import Behaviours, Progress, Recipe, Report
@@ -22,6 +22,7 @@ class Wishes:
         drift: Whether to say how far explanations of predictions moved.
         reference: A third model that answers the same question, shown beside the drift.
         behaviours: What language models are asked to do beside predicting the audit data.
+        corruptions: Whether to say what both answer to corrupted inputs.
     """
 
     policy: Policy | None = None
@@ -29,6 +30,7 @@ class Wishes:
     drift: bool = False
     reference: Recipe | None = None
     behaviours: Behaviours = field(default_factory=Behaviours)
+    corruptions: bool = False
 
 
 class Auditor:
@@ -44,6 +46,8 @@ class Auditor:
         self._read = behaving.read_asked(wishes.behaviours)
         self.session = open_recipe(original, progress)
         behaving.check_asked(self.session.model, wishes.behaviours)
+        if wishes.corruptions:
+            corrupting.check_asked(self.session.model)
         self._wishes = wishes
         self._reference = None if wishes.reference is None else open_model(wishes.reference)
 
@@ -54,6 +58,8 @@ class Auditor:
             drifting.check_models(session, other, self._reference)
         verdict, measured = judging.compare_models(session, other)
         verdict = behaving.with_behaviours(session, other, verdict, wishes.behaviours, self._read)
+        if wishes.corruptions:
+            verdict = corrupting.with_corruptions(session, other, verdict)
         if wishes.attribute:
             treatments = attributing.treatments_of(Path(compressed.model))
             verdict = attributing.with_attribution(session, other, verdict, treatments)

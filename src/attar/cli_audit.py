@@ -24,6 +24,7 @@ from attar.options import (
     Audit,
     Calibration,
     ChoiceFiles,
+    CorruptionsAsked,
     DataPath,
     Degrid,
     DriftAsked,
@@ -76,6 +77,7 @@ def audit_command(
     sign: Sign = None,
     attribute: Attribute = False,
     drift: DriftAsked = False,
+    corruptions: CorruptionsAsked = False,
     reference: Reference = None,
     generate: Generate = None,
     prompts: Prompts = None,
@@ -104,6 +106,7 @@ def audit_command(
         drift,
         None if reference is None else recipe_of_reference(reference, others[0]),
         asked,
+        corruptions,
     )
     if len(others) > 1:
         return _audit_all(first, others, wishes, json_file, report)

@@ -138,6 +138,9 @@ Sign = Annotated[
 Attribute = Annotated[
     bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
 ]
+CorruptionsAsked = Annotated[
+    bool, typer.Option("--corruptions", help="Also audit on inputs with small corruptions.")
+]
 DriftAsked = Annotated[
     bool, typer.Option("--drift", help="Also say how far explanations of answers moved.")
 ]

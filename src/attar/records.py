@@ -946,6 +946,29 @@ class Behaviours:
 
 
 @dataclass(frozen=True)
+class CorruptionFound:
+    """What both models answer to inputs with one small corruption.
+
+    Attributes:
+        n_samples: The first of the audit data.
+        divergence: Between the two on corrupted inputs, nats.
+        added: By the corruption, to what the same samples lost without it.
+        p_added: Of so much added or taken by chance, two-sided, after Holm over corruptions.
+        flips: Share of changed predictions, both on corrupted inputs; None for gaussian.
+        truth: Both on corrupted inputs against true answers; None where there are none.
+    """
+
+    name: str
+    strength: str
+    n_samples: int
+    divergence: Estimate
+    added: Estimate
+    p_added: float
+    flips: Estimate | None
+    truth: Truth | None
+
+
+@dataclass(frozen=True)
 class DriftRow:
     """How like the original's explanations those of one other model are.
 
@@ -1134,6 +1157,7 @@ class Verdict:
         choices: How both answer multiple-choice questions, by file.
         notes: What a reader should know: what could not be compared.
         drift: Whether the reasons are still the same; None where it was not asked for.
+        corruptions: What both answer to corrupted inputs; empty where it was not asked for.
     """
 
     outcome: str
@@ -1168,6 +1192,7 @@ class Verdict:
     choices: tuple[ChoicesFound, ...] = ()
     notes: tuple[str, ...] = ()
     drift: Drift | None = None
+    corruptions: tuple[CorruptionFound, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,27 @@ def slice_parts(slices: Sequence[Mapping[str, Any]], of: str = "slice") -> list[
     return [table, *more, Text("")]
 
 
+def corruption_parts(corruptions: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """What both models answer to corrupted inputs, in the order of the table of corruptions."""
+    if not corruptions:
+        return []
+    numbers = ("nats", "added", "95% interval", "p", "changed", "newly wrong")
+    table = plain_table("corruption", "strength", *numbers, right=numbers)
+    for one in corruptions:
+        flips, truth = one["flips"], one["truth"]
+        table.add_row(
+            Text(one["name"]),
+            Text(one["strength"]),
+            number_text(one["divergence"]["value"]),
+            number_text(one["added"]["value"]),
+            interval_text(one["added"]),
+            number_text(one["p_added"], 2),
+            "" if flips is None else percent_text(flips["value"]),
+            "" if truth is None else percent_text(truth["negative_flips"]["value"]),
+        )
+    return [table, Text("")]
+
+
 def responsible_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:
     """Which layers and treatments lost how much of it, and what a bit more would return."""
     units = verdict["responsible"]

@@ -227,6 +227,7 @@ def _in_use(verdict: Verdict) -> dict[str, Any]:
         "generation": None if verdict.generation is None else asdict(verdict.generation),
         "choices": [asdict(one) for one in verdict.choices],
         "notes": list(verdict.notes),
+        "corruptions": [asdict(one) for one in verdict.corruptions],
     }
 
 

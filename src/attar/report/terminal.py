@@ -14,6 +14,7 @@ from rich.text import Text
 
 from attar.report.audit_text import (
     choices_parts,
+    corruption_parts,
     generation_parts,
     responsible_parts,
     slice_parts,
@@ -69,6 +70,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         Text(""),
         *slice_parts(facts["slices"]),
         *slice_parts(facts["classes"], "answer before"),
+        *corruption_parts(facts["corruptions"]),
         *responsible_parts(facts),
         *choices_parts(facts["choices"]),
         *generation_parts(facts["generation"]),

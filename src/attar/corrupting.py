@@ -14,15 +14,19 @@ from torch import Tensor
 from attar.audit.behaviour import against_truth
 from attar.audit.corruptions import PICTURES, SHARES, TEXTS, shift_numbers
 from attar.audit.fidelity import Measured, bootstrap, measure
+from attar.audit.intervals import bounded, certified_radius
 from attar.audit.paired import holm, sign_flip
 from attar.errors import DataError
 from attar.inputs import leading_tokens, picture_settings, read_tokenizer
 from attar.matching import Matched, match
-from attar.records import Batch, CorruptionFound, Model, Verdict
+from attar.records import Batch, Certified, CorruptionFound, Model, Verdict
 from attar.session import Session
 
 # Samples that are corrupted, at most: each corruption runs both models over them once more.
 MOST_SAMPLES = 512
+# Parameters of a network whose radius is certified, and samples at once: each is run 44 times, in
+# float64.
+MOST_CERTIFIED, CERTIFIED_AT_ONCE = 5_000_000, 64
 LEAVE_OUT = "leave --corruptions out; it corrupts pictures, texts and arrays of numbers."
 
 Corrupt = Callable[[Batch, int], Batch]
@@ -67,8 +71,9 @@ def with_corruptions(session: Session, other: Model, verdict: Verdict) -> Verdic
             one, p_value = _found(session, verdict, measured, name, strength)
             found.append(one)
             p_values.append(p_value)
+        certified = _certified(session, other, matched, batches)
     adjusted = [replace(one, p_added=p) for one, p in zip(found, holm(p_values), strict=True)]
-    return replace(verdict, corruptions=tuple(adjusted))
+    return replace(verdict, corruptions=tuple(adjusted), certified=certified)
 
 
 def _batches(session: Session) -> list[Batch]:
@@ -142,6 +147,44 @@ def _corruptions(
         for share in SHARES:
             called = ("noise", f"{share:.0%} of each number's spread")
             yield called, partial(_of_numbers, name, spreads, share, seed)
+
+
+def _certified(
+    session: Session, other: Model, matched: Matched, batches: Sequence[Batch]
+) -> Certified | None:
+    """Radii of both models around the same samples; None where bounds cannot be followed."""
+    model, name = session.model, _numbers(session.model)
+    same = matched.own is None and matched.theirs is None
+    if model.task.name != "classify" or not (name and same) or len(model.examples) > 1:
+        return None
+    if session.n_parameters > MOST_CERTIFIED:
+        return None
+    before, after = (bounded(one.module) for one in (model, other))
+    if before is None or after is None:
+        return None
+    inputs = torch.cat([batch[name] for batch in batches])
+    unit, called = _radius_unit(model, inputs)
+    radii: list[list[Tensor]] = [[], []]
+    for part in torch.split(inputs, CERTIFIED_AT_ONCE):
+        with torch.no_grad():
+            logits = model.task.forward(model.module, {name: part})[:, 0]
+        for side, traced in zip(radii, (before, after), strict=True):
+            side.append(certified_radius(traced, part, unit, logits.argmax(1)))
+    found = [torch.cat(side).numpy() for side in radii]
+    places, seed = np.arange(len(inputs)), session.recipe.seed
+    return Certified(
+        len(inputs),
+        called,
+        *(bootstrap(one, places, seed=seed) for one in (*found, found[1] - found[0])),
+    )
+
+
+def _radius_unit(model: Model, inputs: Tensor) -> tuple[Tensor, str]:
+    """What a radius of 1 moves each number of a sample by, and its name."""
+    if "picture" in model.architecture.config:
+        std = torch.tensor(picture_settings(model.architecture.config).std)
+        return 1 / std[:, None, None], "black to white"
+    return inputs.std(0, correction=0), "each number's spread"
 
 
 def _draws(seed: int, number: int) -> torch.Generator:

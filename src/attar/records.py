@@ -969,6 +969,24 @@ class CorruptionFound:
 
 
 @dataclass(frozen=True)
+class Certified:
+    """How far inputs may move, in every number at once, before an answer could change.
+
+    Attributes:
+        unit: What a radius of 1 is.
+        before: Mean radius that interval bounds certify for the original.
+        after: For the compressed model to keep the original's answers.
+        change: After less before.
+    """
+
+    n_samples: int
+    unit: str
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+
+@dataclass(frozen=True)
 class DriftRow:
     """How like the original's explanations those of one other model are.
 
@@ -1158,6 +1176,7 @@ class Verdict:
         notes: What a reader should know: what could not be compared.
         drift: Whether the reasons are still the same; None where it was not asked for.
         corruptions: What both answer to corrupted inputs; empty where it was not asked for.
+        certified: With them, for small networks that interval bounds can be followed through.
     """
 
     outcome: str
@@ -1193,6 +1212,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     drift: Drift | None = None
     corruptions: tuple[CorruptionFound, ...] = ()
+    certified: Certified | None = None
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,9 @@ def slice_parts(slices: Sequence[Mapping[str, Any]], of: str = "slice") -> list[
     return [table, *more, Text("")]
 
 
-def corruption_parts(corruptions: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+def corruption_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:
     """What both models answer to corrupted inputs, in the order of the table of corruptions."""
+    corruptions, certified = verdict["corruptions"], verdict["certified"]
     if not corruptions:
         return []
     numbers = ("nats", "added", "95% interval", "p", "changed", "newly wrong")
@@ -105,7 +106,17 @@ def corruption_parts(corruptions: Sequence[Mapping[str, Any]]) -> list[Renderabl
             "" if flips is None else percent_text(flips["value"]),
             "" if truth is None else percent_text(truth["negative_flips"]["value"]),
         )
-    return [table, Text("")]
+    radius = [] if certified is None else [_certified_text(certified)]
+    return [table, *radius, Text("")]
+
+
+def _certified_text(certified: Mapping[str, Any]) -> Text:
+    before, after = (number_text(certified[side]["value"]) for side in ("before", "after"))
+    return Text(
+        f"certified radius (interval bounds; 1 is {certified['unit']}): {before} before, {after} "
+        f"after; change {number_text(certified['change']['value'])} "
+        f"({interval_text(certified['change'])})"
+    )
 
 
 def responsible_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:

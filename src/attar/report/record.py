@@ -181,7 +181,6 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "probability_kept": math.exp(-measured) if entropy is not None else None,
         "divergence_over_entropy": None if entropy is None else _ratio(measured, entropy),
         "truth": None if verdict.truth is None else asdict(verdict.truth),
-        **_for_whom(verdict),
         "checks": [asdict(one) for one in verdict.checks],
         "responsible": [asdict(one) for one in verdict.responsible],
         "treatments_responsible": _by_treatment(verdict.responsible),
@@ -213,21 +212,14 @@ def _by_treatment(responsible: Sequence[Responsible]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: -line["nats"])
 
 
-def _for_whom(verdict: Verdict) -> dict[str, Any]:
-    """What the samples of each label, and of each answer, lost."""
-    return {
-        "slices": [asdict(one) for one in verdict.slices],
-        "classes": [asdict(one) for one in verdict.classes],
-    }
-
-
 def _in_use(verdict: Verdict) -> dict[str, Any]:
-    """How language models write and answer, and what could not be compared."""
+    """For whom it is worse, how models write and answer, and what could not be compared."""
+    several = ("slices", "classes", "corruptions", "choices")
+    one = {name: getattr(verdict, name) for name in ("generation", "certified")}
     return {
-        "generation": None if verdict.generation is None else asdict(verdict.generation),
-        "choices": [asdict(one) for one in verdict.choices],
+        **{name: [asdict(one) for one in getattr(verdict, name)] for name in several},
+        **{name: None if found is None else asdict(found) for name, found in one.items()},
         "notes": list(verdict.notes),
-        "corruptions": [asdict(one) for one in verdict.corruptions],
     }
 
 

@@ -70,7 +70,7 @@ def audit_to_text(verdict: Verdict, width: int = 100, colour: bool = False) -> s
         Text(""),
         *slice_parts(facts["slices"]),
         *slice_parts(facts["classes"], "answer before"),
-        *corruption_parts(facts["corruptions"]),
+        *corruption_parts(facts),
         *responsible_parts(facts),
         *choices_parts(facts["choices"]),
         *generation_parts(facts["generation"]),

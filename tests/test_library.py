@@ -1,16 +1,18 @@
 """The ten lines of Python: each verb on a module of one's own and on a tiny language model."""
 
 import gc
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import toy_code
+import toys
 from tiny_models import LLAMA, random_model, write_huggingface
 
 import attar
-from attar import library
-from attar.errors import BudgetError, DataError, PlanError
+from attar import remembered
+from attar.errors import BudgetError, DataError, PlanError, SettingError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,35 @@ def test_the_audit_says_who_is_responsible_if_asked(model, plan):
     assert abs(found.unattributed) < 0.1
 
 
+def test_an_audit_lets_both_write_and_asks_both_and_corrupts_if_asked(tmp_path):
+    """As `attar audit` does with --generate, --prompts, --choices and --corruptions."""
+    language = toys.language_model()
+    text = tmp_path / "t.txt"
+    text.write_text(toys.numbered_text(900))
+    (tmp_path / "p.txt").write_text("The first\nThe second\nThe third\n")
+    item = {"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}
+    (tmp_path / "c.jsonl").write_text(json.dumps(item) + "\n")
+    found = attar.audit(
+        language,
+        language,
+        text,
+        corruptions=True,
+        generate=2,
+        prompts=str(tmp_path / "p.txt"),
+        choices=[tmp_path / "c.jsonl"],
+    )
+    assert found.generation.n_prompts == 2 and found.corruptions
+    (asked,) = found.choices
+    assert asked.name == "c.jsonl"
+    with pytest.raises(SettingError, match="looks at one compressed model"):
+        attar.audit(language, [language, language], text, generate=2)
+
+
+def test_only_a_language_model_is_let_write(model, inputs):
+    with pytest.raises(DataError, match="only a language model goes on with prompts"):
+        attar.audit(model, model, inputs, generate=1)
+
+
 def test_any_two_models_can_be_compared(model, inputs, tmp_path):
     module, examples = toy_code.other()
     found = attar.audit(model, attar.load(module, examples=examples, task="classify"), inputs)
@@ -154,13 +185,13 @@ def test_a_plan_for_another_model_is_refused(plan, inputs):
 
 def test_nothing_is_remembered_of_what_is_gone(model, scores):
     gc.collect()
-    before = len(library._made)
+    before = len(remembered._made)
     plan = attar.plan(model, scores, size="8kB")
     small = attar.apply(model, plan)
-    assert len(library._made) == before + 2
+    assert len(remembered._made) == before + 2
     del plan, small
     gc.collect()
-    assert len(library._made) == before
+    assert len(remembered._made) == before
 
 
 def test_stage_folders_can_be_called_and_still_be_imported():

@@ -335,7 +335,7 @@ def naming(session: Session) -> Naming | None:
         return Naming(lambda t: str(tokenizer.decode([t])), texts, tokenizer.decode)
     if session.divergence.family != "categorical":
         return None
-    labels = _classes(session)
+    labels = _names_of_answers(model)
     return Naming(lambda c: labels[c], list(data.shown))
 
 
@@ -344,6 +344,10 @@ def _classes(session: Session) -> list[str]:
     model = session.model
     if session.divergence.family != "categorical" or model.task.name in ("language", "transcribe"):
         return []
+    return _names_of_answers(model)
+
+
+def _names_of_answers(model: Model) -> list[str]:
     with torch.no_grad():
         n_classes = model.task.forward(model.module, model.examples).shape[-1]
     return class_names(model.files, n_classes)

@@ -12,30 +12,40 @@ that no step is done twice. An edited plan is carried out afresh.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor, nn
 
-from attar import attributing, comparing, decide, drifting, equalising, judging, pipeline, serving
+from attar import (
+    attributing,
+    behaving,
+    comparing,
+    corrupting,
+    decide,
+    drifting,
+    equalising,
+    judging,
+    pipeline,
+    serving,
+)
 from attar.audited import Audit, Audits
 from attar.errors import DataError, PlanError, SettingError
 from attar.explained import Explanation
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.records import (
+    Behaviours,
     Model,
     Plan,
     Progress,
-    Receipt,
     Recipe,
     Report,
     Silent,
-    Verdict,
 )
+from attar.remembered import Made, judged, made_from, remember, with_plan
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import biases, build_transform, materialise
 from attar.trials import check_decider
@@ -43,25 +53,6 @@ from attar.writing import check_form
 
 Arrays = str | Path | Tensor | Mapping[str, Any] | None
 """A file or folder, the model's first input as one tensor, named inputs, or the default data."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What a plan or a small model came from."""
-
-    model: Model
-    explanation: Explanation
-    decided: decide.Decided
-    session: Session
-
-
-_made: dict[int, _Made] = {}
-
-
-def _remember(thing: Plan | Model, made: _Made) -> None:
-    """Keep what `thing` was made from until it is gone; records cannot be keys themselves."""
-    _made[id(thing)] = made
-    weakref.finalize(thing, _made.pop, id(thing), None)
 
 
 def load(
@@ -169,7 +160,7 @@ def plan(
     decided = decide.plan(session, candidates, statistics)
     # A copy is remembered: what holds the plan itself would keep it alive for ever.
     copied = replace(decided, plan=replace(decided.plan))
-    _remember(decided.plan, _Made(model, known, copied, session))
+    remember(decided.plan, Made(model, known, copied, session))
     return decided.plan
 
 
@@ -183,9 +174,7 @@ def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
     Raises:
         PlanError: The plan is for another model.
     """
-    made = _made.get(id(plan))
-    if made is None or made.model is not model:
-        made = _carried_out(model, plan, data)
+    made = made_from(model, plan) or _carried_out(model, plan, data)
     session = made.session
     module = materialise(session.model.module, made.decided.treated)
     held = module.state_dict()
@@ -198,11 +187,11 @@ def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
         name=f"{model.name}, compressed",
         origin=f"{model.origin}, compressed by Attar",
     )
-    _remember(small, made)
+    remember(small, made)
     return small
 
 
-def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
+def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
     recipe = plan.recipe or Recipe(model=model.name, seed=plan.seed)
     session = _open(recipe, model, data if data is not None else recipe.data, None)
     names = {unit.name for unit in session.units}
@@ -218,7 +207,7 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> _Made:
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
     session, statistics = equalising.follow(session, known.statistics, plan.equalised)
-    return _Made(model, known, decide.follow(session, plan, statistics), session)
+    return Made(model, known, decide.follow(session, plan, statistics), session)
 
 
 @overload
@@ -231,6 +220,10 @@ def audit(
     attribute: bool = False,
     drift: bool = False,
     reference: Model | None = None,
+    corruptions: bool = False,
+    generate: int = 0,
+    prompts: str | Path | None = None,
+    choices: Sequence[str | Path] = (),
 ) -> Audit: ...
 
 
@@ -253,6 +246,10 @@ def audit(
     attribute: bool = False,
     drift: bool = False,
     reference: Model | None = None,
+    corruptions: bool = False,
+    generate: int = 0,
+    prompts: str | Path | None = None,
+    choices: Sequence[str | Path] = (),
 ) -> Audit | Audits:
     """Compare models that answer the same question, on data that no plan was made with.
 
@@ -263,62 +260,51 @@ def audit(
         attribute: Whether to say which units' changes are responsible for what was lost.
         drift: Whether to say how far explanations of predictions moved.
         reference: Another training of the model, say, whose drift is shown beside.
+        corruptions: Whether to compare on slightly corrupted inputs too.
+        generate: How many prompts both language models go on with; openings of the data without
+            `prompts`.
+        prompts: A file with a prompt a line.
+        choices: Files of multiple-choice questions that both are asked.
 
     Raises:
         DataError: They do not answer the same question.
     """
+    asked = Behaviours(
+        generate, None if prompts is None else Path(prompts), tuple(Path(one) for one in choices)
+    )
     drifting.check_asked(None, drift=drift, reference=reference is not None)
     if not isinstance(small, Model):
-        if attribute or drift:
-            what = "attribute and drift look at one compressed model."
+        if attribute or drift or corruptions or asked != Behaviours():
+            what = "all that is asked for beside the verdict looks at one compressed model."
             raise SettingError(what, hint="call audit with each model alone.")
         return _audit_all(model, tuple(small), data, seed)
-    made = _made_from(model, small)
+    read = behaving.read_asked(asked)
+    behaving.check_asked(model, asked)
+    if corruptions:
+        corrupting.check_asked(model)
+    made = made_from(model, small)
     if made is not None and data is None:
         session = made.session
     else:
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
     if drift:
         drifting.check_models(session, small, reference)
-    verdict, done = _judged(session, small, made)
+    verdict, done = judged(session, small, made)
+    verdict = behaving.with_behaviours(session, small, verdict, asked, read)
+    if corruptions:
+        verdict = corrupting.with_corruptions(session, small, verdict)
     if attribute:
         verdict = attributing.with_attribution(session, small, verdict, done)
     if drift:
         verdict = drifting.with_drift(session, small, verdict, reference)
-    facts = serving.audit_report(session, small, verdict, None)
-    return Audit(verdict, facts if made is None else _with_plan(facts, made))
-
-
-def _judged(
-    session: Session, small: Model, made: _Made | None
-) -> tuple[Verdict, Mapping[str, str]]:
-    """Compare, and say what was done to each unit where it was done here."""
-    if made is None:
-        return judging.judge_models(session, small), {}
-    choices = made.decided.plan.choices
-    verdict = judging.judge_compressed(session, small, made.decided)
-    return verdict, {name: choice.treatment for name, choice in choices.items()}
-
-
-def _with_plan(bare: Report, made: _Made) -> Report:
-    relevance = decide.relevance(made.explanation.statistics)
-    return replace(
-        bare,
-        model=made.model.name,
-        plan=made.decided.plan,
-        receipt=Receipt(made.decided.receipt.applied, bare.receipt.leftovers),
-        scores=dict(made.explanation),
-        head_relevance=relevance.heads,
-        slice_relevance=relevance.slices,
-        bytes_after=made.decided.plan.weight_bytes,
-    )
+    return Audit(verdict, with_plan(serving.audit_report(session, small, verdict, None), made))
 
 
 def _audit_all(model: Model, small: Sequence[Model], data: Arrays, seed: int) -> Audits:
     """Compare each with the original, on the same data."""
     if not small:
         raise DataError("there is no model to compare.", hint="give one or several")
-    known = [made for one in small if (made := _made_from(model, one)) is not None]
+    known = [made for one in small if (made := made_from(model, one)) is not None]
     session = known[0].session if known and data is None else None
     session = session or _open(Recipe(model=model.name, seed=seed), model, data, None)
     found = [judging.compare_models(session, one) for one in small]
@@ -328,12 +314,6 @@ def _audit_all(model: Model, small: Sequence[Model], data: Arrays, seed: int) ->
     ]
     names, measured = [one.name for one in small], [one for _, one in found]
     return Audits(comparing.population(session, names, reports, measured))
-
-
-def _made_from(model: Model, small: Model) -> _Made | None:
-    """What a small model was made from, where that was this model."""
-    made = _made.get(id(small))
-    return made if made is not None and made.model is model else None
 
 
 def compress(

@@ -92,11 +92,12 @@ def corruption_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:
     corruptions, certified = verdict["corruptions"], verdict["certified"]
     if not corruptions:
         return []
-    numbers = ("nats", "added", "95% interval", "p", "changed", "newly wrong")
+    wrong = ["newly wrong"] if any(one["truth"] for one in corruptions) else []
+    numbers = ["nats", "added", "95% interval", "p", "changed", *wrong]
     table = plain_table("corruption", "strength", *numbers, right=numbers)
     for one in corruptions:
         flips, truth = one["flips"], one["truth"]
-        table.add_row(
+        cells: list[RenderableType] = [
             Text(one["name"]),
             Text(one["strength"]),
             number_text(one["divergence"]["value"]),
@@ -104,8 +105,10 @@ def corruption_parts(verdict: Mapping[str, Any]) -> list[RenderableType]:
             interval_text(one["added"]),
             number_text(one["p_added"], 2),
             "" if flips is None else percent_text(flips["value"]),
-            "" if truth is None else percent_text(truth["negative_flips"]["value"]),
-        )
+        ]
+        if truth is not None:
+            cells.append(percent_text(truth["negative_flips"]["value"]))
+        table.add_row(*cells)
     radius = [] if certified is None else [_certified_text(certified)]
     return [table, *radius, Text("")]
 

@@ -18,7 +18,7 @@ from attar.errors import DataError
 from attar.export.run import end_tokens
 from attar.inputs import leading_tokens, read_tokenizer
 from attar.load.questions import read_prompts, read_questions
-from attar.matching import match
+from attar.matching import number_tokens_otherwise
 from attar.parallel import in_order
 from attar.records import (
     Behaviours,
@@ -88,7 +88,7 @@ def with_behaviours(
         return verdict
     if not math.isfinite(verdict.divergence.value):
         return replace(verdict, notes=(*verdict.notes, CANNOT_BE_READ))
-    if match(session, other).renumbering is not None:
+    if number_tokens_otherwise(session.model, other):
         return replace(verdict, notes=(*verdict.notes, READS_OTHERWISE))
     prompts, questions = read
     with session.timed("behaviour"):

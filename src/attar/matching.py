@@ -127,10 +127,7 @@ def _width(model: Model, batch: Batch) -> int:
 
 def _same_tokens(original: Model, other: Model, widths: tuple[int, int]) -> Matched:
     """Take what both vocabularies begin with, where one is the other with more after it."""
-    known = [
-        read_tokenizer(m.files).get_vocab() if m.files.get(TOKENIZER) else None
-        for m in (original, other)
-    ]
+    known = [_vocabulary(model) for model in (original, other)]
     shared = min(widths)
     if known[0] is not None and known[1] is not None:
         renumbered = _renumbered(original, other, known[0], known[1], widths)
@@ -154,6 +151,24 @@ def _same_tokens(original: Model, other: Model, widths: tuple[int, int]) -> Matc
     return Matched(places, places, (note,))
 
 
+def number_tokens_otherwise(original: Model, other: Model) -> bool:
+    """Whether a number stands for different tokens in two models; runs neither."""
+    known = [_vocabulary(model) for model in (original, other)]
+    if known[0] is None or known[1] is None:
+        return False
+    names = [{number: token for token, number in (one or {}).items()} for one in known]
+    return bool(_apart(names[0], names[1]))
+
+
+def _vocabulary(model: Model) -> Mapping[str, int] | None:
+    return read_tokenizer(model.files).get_vocab() if model.files.get(TOKENIZER) else None
+
+
+def _apart(one: Mapping[int, str], two: Mapping[int, str]) -> list[int]:
+    """Numbers that stand for different tokens."""
+    return [number for number in sorted(one.keys() & two.keys()) if one[number] != two[number]]
+
+
 def _renumbered(
     original: Model,
     other: Model,
@@ -167,8 +182,7 @@ def _renumbered(
         DataError: The other does not know all tokens of the original.
     """
     names = [{number: token for token, number in known.items()} for known in (one, two)]
-    both = sorted(names[0].keys() & names[1].keys())
-    apart = [number for number in both if names[0][number] != names[1][number]]
+    apart = _apart(names[0], names[1])
     if not apart:
         return None
     examples = ", ".join(

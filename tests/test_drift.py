@@ -563,7 +563,7 @@ def test_a_graph_of_onnx_is_refused_with_what_to_audit_instead():
     session = classifier_session()
     graph = replace(session.model, architecture=Architecture("onnx", {}), name="small.onnx")
     for other, reference in ((graph, None), (session.model, graph)):
-        with pytest.raises(DataError, match=r"small.onnx is an ONNX graph.*\n.*--to attar"):
+        with pytest.raises(DataError, match=r"small.onnx is a graph of ONNX.*\n.*--to attar"):
             drifting.check_models(session, other, reference)
 
 
@@ -742,7 +742,7 @@ def test_an_onnx_file_is_refused_on_the_command_line(small, capsys):
     )
     assert main(["audit", audit[1], str(out), *typed[1:], "--drift"]) == 2
     error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
-    assert error.startswith("error: ") and "is an ONNX graph, which gives no gradients" in error
+    assert error.startswith("error: ") and "is a graph of ONNX or OpenVINO: no gradients" in error
     assert hint.startswith("hint: audit the folder that Attar writes with --to attar")
 
 

@@ -87,7 +87,7 @@ def check_models(session: Session, other: Model, reference: Model | None) -> Non
     for model in (session.model, other, reference):
         if model is not None and model.architecture.builder == "onnx":
             raise DataError(
-                f"{model.name} is an ONNX graph, which gives no gradients to explain answers by.",
+                f"{model.name} is a graph of ONNX or OpenVINO: no gradients to explain answers by.",
                 hint="audit the folder that Attar writes with --to attar, or leave --drift out.",
             )
         matched = Matched() if model is None else match(session, model)

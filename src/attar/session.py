@@ -27,6 +27,7 @@ from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.load.model import is_factory, load_model
 from attar.load.onnx_model import read_onnx
+from attar.load.openvino_model import read_openvino
 from attar.load.units import list_units
 from attar.memory import release, use_little
 from attar.onnx_names import FILE as ONNX_FILE
@@ -270,6 +271,8 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
         return read_onnx(path / ONNX_FILE, recipe.task)
     if path.suffix == ".onnx" and path.is_file():
         return read_onnx(path, recipe.task)
+    if path.suffix == ".xml" and path.is_file():
+        return read_openvino(path, recipe.task)
     if is_attar_folder(path):
         code = load_model(recipe.factory, task=recipe.task).module if recipe.factory else None
         return load_folder(read_folder(path, build_transform), code)

@@ -107,7 +107,7 @@ def _read_parts(name: str, *, accept_licence: bool) -> Parts:
             f"{path.name} is no model file known here",
             hint="give a GGUF file, or the folder that holds config.json and model.safetensors",
         )
-    if "/" in name or path.suffix in (".gguf", ".safetensors", ".onnx"):
+    if "/" in name or path.suffix in (".gguf", ".safetensors", ".onnx", ".xml"):
         raise ModelError(
             f"there is no file or folder {name}", hint="check the path; `attar models` lists names"
         )

@@ -7,7 +7,7 @@ defines, and a file too large for its own format.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ DOMAINS = {"", "ai.onnx", "com.microsoft"}
 EXTERNAL = 1  # ONNX's number of "the data lies in another file"
 _HINT = "the file is damaged or not from Attar; compress or copy it again."
 _TYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(bool)": torch.bool}
+
+Inputs = Mapping[str, tuple[Sequence[Any], str]]
+"""Name to shape and type, as ONNX writes types; a side that is no int is left open."""
 
 
 class OnnxModule(nn.Module):
@@ -96,16 +99,23 @@ def read_onnx(path: Path, task: str | None = None) -> Model:
         origin=f"{described.get('origin', path.name)}",
         licence=str(described.get("licence", "unknown")),
         files=beside,
-        examples=_examples(module, described),
+        examples=examples_of(module.inputs, described.get("inputs") or ()),
         source_bytes=len(content),
     )
 
 
-def _examples(module: OnnxModule, described: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Zeros of the shapes the graph names; 2 samples, and 16 where a length is left open."""
-    names = described.get("inputs") or list(module.inputs)
+def examples_of(inputs: Inputs, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Zeros of the shapes a graph names; 2 samples, and 16 where a length is left open.
+
+    Args:
+        inputs: Of the graph.
+        names: What they are called instead.
+
+    Raises:
+        ModelError: An input of another type than Attar gives.
+    """
     found = {}
-    for name, (shape, kind) in zip(names, module.inputs.values(), strict=False):
+    for name, (shape, kind) in zip(names or list(inputs), inputs.values(), strict=False):
         if kind not in _TYPES:
             raise ModelError(f"the graph's input {name} is a {kind}.", hint=_HINT)
         sides = [side if isinstance(side, int) else 16 for side in shape]

@@ -41,10 +41,6 @@ OPENERS: Mapping[str, tuple[str, str]] = {
         "an engine of TensorRT",
         "TensorRT runs it, on the kind of GPU it was made for; audit the ONNX file it came from",
     ),
-    ".xml": (
-        "a model of OpenVINO",
-        f"openvino runs it: {CODE}{FACTORY}; or audit the ONNX file it came from",
-    ),
     ".ggml": ("a file of llama.cpp from before GGUF", "llama.cpp converts it to GGUF"),
 }
 # How a folder of transformers says that it was quantized, to what opens it.

@@ -102,6 +102,14 @@ def test_explain_lists_units_by_worth_and_leftovers_with_reasons(typed, here, da
     facts = json.loads((here / "e.json").read_text())
     assert set(facts["criteria"]["price"]["units"]) == {"0", "3", "5"}
     assert len(facts["criteria"]["taylor"]["channels"]["3"]) == 48
+    assert "2 groups, 112 coupled units" in shown.out and "5: they are the answer" in shown.out
+    row = next(line for line in shown.out.splitlines() if line.startswith(" 3 "))
+    assert (
+        "48" in row and "neuron" in row and "150 bytes" in row
+    )  # 64 in, 10 out and a bias, 2 bytes
+    assert "1 row of 3, 1 column of 5" in row
+    assert facts["coupled"]["groups"]["0"]["members"][2]["parameter"] == "3.weight"
+    assert facts["coupled"]["pinned"] == {"5": "they are the answer"}
 
 
 def test_explain_by_another_criterion(typed, data):

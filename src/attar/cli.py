@@ -204,7 +204,11 @@ def explain(
     ] = "price",
     json_file: JsonFile = None,
     units: Annotated[
-        bool, typer.Option("--units", help="Also list what no plan decides about, and why.")
+        bool,
+        typer.Option(
+            "--units",
+            help="Also list what can only be cut together, and what no plan decides about.",
+        ),
     ] = False,
     data: DataPath = None,
     slices: Slices = None,
@@ -223,6 +227,7 @@ def explain(
     recipe = recipe_of(locals())  # first: what is imported would be taken for arguments
     from attar import decide, pipeline, serving
     from attar.explain import check_criterion
+    from attar.report.coupled_text import coupled_to_text
     from attar.report.terminal import scores_to_text
 
     check_criterion(criterion)
@@ -232,11 +237,15 @@ def explain(
     chosen = {criterion: scores[criterion]}
     relevance = decide.relevance(statistics)
     show(scores_to_text(session.units, chosen, relevance.slices, **screen()))
-    if units:
+    coupled = serving.coupled_units(session) if units else None
+    if coupled is not None:
+        show(coupled_to_text(coupled, **screen()))
         lines = [f"  {name}: {why}" for name, why in serving.leftover_reasons(session).items()]
         show("\n".join(["not units, stored as they are:", *(lines or ["  none"])]))
     if json_file is not None:
-        write_json(json_file, serving.explanation_to_json(session, scores, relevance.slices))
+        write_json(
+            json_file, serving.explanation_to_json(session, scores, relevance.slices, coupled)
+        )
 
 
 app.command(name="audit")(audit_command)

@@ -5,6 +5,7 @@ AttarError
 ├── DataError         data that is missing, too little, or does not fit the model
 ├── BudgetError       a budget that cannot be read or cannot be met
 ├── PlanError         a plan that names what is not there or breaks its budget
+├── CutError          a cut that would leave nothing of a layer, or of what cannot be cut
 ├── SettingError      a setting outside its range
 ├── OutputError       a folder that exists, cannot be written, or is full
 └── WorkerError       workers that cannot be reached, do not fit, or were lost
@@ -51,6 +52,10 @@ class BudgetError(AttarError, ValueError):
 
 class PlanError(AttarError, ValueError):
     """A plan that names what is not there or breaks its budget."""
+
+
+class CutError(AttarError, ValueError):
+    """A cut that would leave nothing of a layer, or of what cannot be cut."""
 
 
 class SettingError(AttarError, ValueError):

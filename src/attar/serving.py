@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 
 from attar.audit.evidence import bundle, read_key
 from attar.audit.policy import Policy
+from attar.coupling import CoupledUnits
+from attar.cut import find_coupled
 from attar.errors import DataError, ModelError
 from attar.export.run import classify_pictures, continue_text, embed_texts, transcribe
 from attar.inputs import PICTURE_SUFFIXES
@@ -22,6 +24,7 @@ from attar.load.mel import log_mel
 from attar.load.model import load_model, save_huggingface
 from attar.memory import peak_bytes
 from attar.records import Budget, Model, Plan, Receipt, Report, Scores, Verdict
+from attar.report.coupled_text import coupled_to_json
 from attar.report.record import jsonable, report_to_json
 from attar.session import Session, state_hash, tensors_hash
 
@@ -187,9 +190,16 @@ def get_model(
 
 
 def explanation_to_json(
-    session: Session, scores: Mapping[str, Scores], slices: Mapping[str, Mapping[str, float]]
+    session: Session,
+    scores: Mapping[str, Scores],
+    slices: Mapping[str, Mapping[str, float]],
+    coupled: CoupledUnits | None = None,
 ) -> dict[str, Any]:
-    """Every score of every unit and channel; higher = keep."""
+    """Every score of every unit and channel; higher = keep.
+
+    Args:
+        coupled: What can only be cut together, where that was asked for.
+    """
     criteria = {
         name: {
             "nats": score.nats,
@@ -205,8 +215,17 @@ def explanation_to_json(
         "slices": slices,
         "leftovers": leftover_reasons(session),
     }
+    if coupled is not None:
+        facts["coupled"] = coupled_to_json(coupled)
     clean: dict[str, Any] = jsonable(facts, "", [])
     return clean
+
+
+def coupled_units(session: Session) -> CoupledUnits:
+    """Find what can only be cut together, as the model stands after its norms were folded."""
+    model = session.model
+    with session.timed("units"), session.progress.stage("find what goes together", 0):
+        return find_coupled(model.module, lambda module: model.task.forward(module, model.examples))
 
 
 def leftover_reasons(session: Session) -> dict[str, str]:

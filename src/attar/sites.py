@@ -27,6 +27,13 @@ OPERATIONS: dict[Any, str] = {
     torch.conv3d: "convolution",
     F.embedding: "embedding",
 }
+# Names of operations, as torch calls them: what only moves numbers, and what pools pictures.
+MOVES = {
+    *("view", "reshape", "transpose", "permute", "contiguous", "clone", "detach", "expand"),
+    *("unsqueeze", "squeeze", "flatten", "__getitem__", "repeat_interleave", "chunk", "split"),
+    *("unbind", "narrow", "view_as", "swapaxes", "movedim", "repeat", "reshape_as", "unflatten"),
+}
+POOLS = {"avg_pool2d", "adaptive_avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d"}
 # Positions of the arguments in each signature.
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
@@ -93,6 +100,13 @@ class _Watch(TorchFunctionMode):
 def arguments_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Name the arguments of one of the operations."""
     return dict(zip(_ARGUMENTS[OPERATIONS[func]], args, strict=False)) | dict(kwargs)
+
+
+def flat(things: Any) -> list[Any]:
+    """Open lists and tuples."""
+    return [
+        inner for one in things for inner in (flat(one) if isinstance(one, list | tuple) else [one])
+    ]
 
 
 @contextmanager

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attar.equalise.trace import MOVES, PRODUCTS, QUOTIENTS, SAME, constant_along_others, flat
+from attar.equalise.trace import PRODUCTS, QUOTIENTS, SAME, constant_along_others
 from attar.links import COLUMNS, ROWS, Link, Reader, Stream, Writer
-from attar.sites import OPERATIONS, arguments_of
+from attar.sites import MOVES, OPERATIONS, arguments_of, flat
 
 ADDS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 SQUARES = {"pow", "__pow__", "square"}

@@ -19,16 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attar.links import GAIN, ROWS, Link, Reader, Writer, comes_whole
-from attar.sites import OPERATIONS, arguments_of
+from attar.sites import MOVES, OPERATIONS, POOLS, arguments_of, flat
 
 NONE = -1  # of a place that holds no channel of a writer
-# Names of operations, as torch calls them: what only moves numbers, ...
-MOVES = {
-    *("view", "reshape", "transpose", "permute", "contiguous", "clone", "detach", "expand"),
-    *("unsqueeze", "squeeze", "flatten", "__getitem__", "repeat_interleave", "chunk", "split"),
-    *("unbind", "narrow", "view_as", "swapaxes", "movedim", "repeat", "reshape_as", "unflatten"),
-}
-# ... leaves them as they are or as good as, ...
+# Names of operations, as torch calls them: what leaves numbers as good as they are, ...
 SAME = {"to", "float", "type_as", "dropout", "identity", "requires_grad_"}
 # ... lets a positive factor of each channel pass, ...
 HOMOGENEOUS = {"relu", "relu_", "leaky_relu", "abs", "max_pool2d", "max_pool1d"}
@@ -36,7 +30,6 @@ PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
 QUOTIENTS = {"div", "__truediv__", "true_divide"}
 # ... and sums over places of one channel.
 SUMS = {"mean", "sum"}
-POOLS = {"avg_pool2d", "adaptive_avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d"}
 
 
 @dataclass
@@ -308,13 +301,6 @@ def _link(holder: str, source: Source) -> Link:
     if all(comes_whole(reader, blocks) for reader in source.readers):
         return Link(**{**vars(link), "blocks": blocks})
     return link
-
-
-def flat(things: Any) -> list[Any]:
-    """Open lists and tuples."""
-    return [
-        inner for one in things for inner in (flat(one) if isinstance(one, list | tuple) else [one])
-    ]
 
 
 def _first(args: tuple[Any, ...]) -> Any:

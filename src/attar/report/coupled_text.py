@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -42,8 +41,10 @@ def _members(group: CoupledGroup) -> str:
     """Name what goes, and why it belongs together; biases and norms go with their rows unsaid."""
     weights = [one for one in group.members if one.parameter.endswith("weight")]
     places = [one.parameter.rpartition(".")[0] for one in weights]
-    shared = commonprefix(places).rpartition(".")[0] + "."
-    short = [place.removeprefix(shared) for place in places]
+    shared = places[0] if places else ""
+    while shared and not all(place.startswith(shared + ".") for place in places):
+        shared = shared.rpartition(".")[0]
+    short = [place.removeprefix(shared + ".") for place in places]
     if all(place[:1].isalpha() for place in short):  # a number alone says nothing
         places = short
     said: dict[str, None] = {}

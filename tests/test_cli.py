@@ -112,6 +112,18 @@ def test_explain_lists_units_by_worth_and_leftovers_with_reasons(typed, here, da
     assert facts["coupled"]["pinned"] == {"5": "they are the answer"}
 
 
+def test_explain_tries_a_cut(typed, here, data):
+    code, shown = typed("explain", *TOY, "--data", data, "--try-cut", "25%", "--json", "e.json")
+    trial = json.loads((here / "e.json").read_text())["coupled"]["trial"]
+    assert code == 0 and [len(one["units"]) for one in trial["prices"].values()] == [16, 12]
+    said = " ".join(shown.out.split())
+    assert "all at once:" in said and "measured with a network that was cut" in said
+    assert trial["weights"] == 16 * 17 + 64 * 48 - 48 * 36 + 12 + 12 * 10
+    assert trial["measured"] < trial["measured_plain"] and "not units" not in shown.out
+    code, shown = typed("explain", *TOY, "--data", data, "--try-cut", "25")
+    assert code == 2 and "no share" in shown.err
+
+
 def test_explain_by_another_criterion(typed, data):
     code, shown = typed("explain", *TOY, "--data", data, "--criterion", "magnitude")
     assert code == 0 and "worth by magnitude" in shown.out

@@ -83,3 +83,43 @@ class CoupledUnits:
 
     groups: tuple[CoupledGroup, ...]
     pinned: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CutPrice:
+    """Some units of one group, cut together.
+
+    Attributes:
+        units: Which, the cheapest first.
+        weights: Numbers that go.
+        refitted: Nats per prediction when what reads the others is fitted again, on samples that
+            neither the choice nor the fit has seen.
+        plain: The same without the fit.
+    """
+
+    units: tuple[int, ...]
+    weights: int
+    refitted: float
+    plain: float
+
+
+@dataclass(frozen=True)
+class CutTrial:
+    """What cutting the cheapest share of every group would cost.
+
+    Attributes:
+        share: Of the units of each group.
+        prices: Of each group alone; none where the share is less than half a unit.
+        weights: Numbers that go when all are cut, of `of_weights`.
+        predicted: Nats per prediction of that, the sum over all that reads.
+        measured: The same, measured on other data with the network that was cut.
+        measured_plain: Measured without the fit.
+    """
+
+    share: float
+    prices: Mapping[str, CutPrice]
+    weights: int
+    of_weights: int
+    predicted: float
+    measured: float
+    measured_plain: float

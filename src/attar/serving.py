@@ -13,8 +13,7 @@ from torch.nn.functional import normalize
 
 from attar.audit.evidence import bundle, read_key
 from attar.audit.policy import Policy
-from attar.coupling import CoupledUnits
-from attar.cut import find_coupled
+from attar.coupling import CoupledUnits, CutTrial
 from attar.errors import DataError, ModelError
 from attar.export.run import classify_pictures, continue_text, embed_texts, transcribe
 from attar.inputs import PICTURE_SUFFIXES
@@ -194,11 +193,13 @@ def explanation_to_json(
     scores: Mapping[str, Scores],
     slices: Mapping[str, Mapping[str, float]],
     coupled: CoupledUnits | None = None,
+    trial: CutTrial | None = None,
 ) -> dict[str, Any]:
     """Every score of every unit and channel; higher = keep.
 
     Args:
         coupled: What can only be cut together, where that was asked for.
+        trial: What cutting a share of it costs, where that was asked for.
     """
     criteria = {
         name: {
@@ -216,16 +217,9 @@ def explanation_to_json(
         "leftovers": leftover_reasons(session),
     }
     if coupled is not None:
-        facts["coupled"] = coupled_to_json(coupled)
+        facts["coupled"] = coupled_to_json(coupled, trial)
     clean: dict[str, Any] = jsonable(facts, "", [])
     return clean
-
-
-def coupled_units(session: Session) -> CoupledUnits:
-    """Find what can only be cut together, as the model stands after its norms were folded."""
-    model = session.model
-    with session.timed("units"), session.progress.stage("find what goes together", 0):
-        return find_coupled(model.module, lambda module: model.task.forward(module, model.examples))
 
 
 def leftover_reasons(session: Session) -> dict[str, str]:

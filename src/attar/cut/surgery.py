@@ -21,8 +21,16 @@ Removed = Mapping[str, Sequence[int]]
 WIDTHS = {"all_head_size", "embed_dim", "inner_dim", "hidden_size", "width", "d_model"}
 
 
-def cut_out(module: nn.Module, groups: Sequence[CoupledGroup], removed: Removed) -> nn.Module:
+def cut_out(
+    module: nn.Module,
+    groups: Sequence[CoupledGroup],
+    removed: Removed,
+    new: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Copy a module without these units; what stays is shared with the original, not copied.
+
+    Args:
+        new: Parameters to take in place of the module's own, in the shapes before the cut.
 
     Raises:
         CutError: No such group or unit, or nothing would be left of a layer.
@@ -33,8 +41,9 @@ def cut_out(module: nn.Module, groups: Sequence[CoupledGroup], removed: Removed)
     copy: nn.Module = deepcopy(module, memo)
     every = module.named_parameters(remove_duplicate=False)
     shapes = {name: tuple(parameter.shape) for name, parameter in every}
-    for name, by_dim in gone.items():
-        _replace(copy, tensors[name], _without(tensors[name], by_dim))
+    other = new or {}
+    for name in {**gone, **other}:
+        _replace(copy, tensors[name], _without(other.get(name, tensors[name]), gone.get(name, {})))
     for place, part in copy.named_modules():
         prefix = place + "." if place else ""
         _mend_sizes(part, shapes.get(prefix + "weight"))

@@ -3,7 +3,7 @@
 import math
 import re
 
-from attar.errors import BudgetError
+from attar.errors import BudgetError, SettingError
 from attar.records import Budget
 
 _UNITS = {
@@ -46,6 +46,21 @@ def parse_size(text: str, *, bytes_at_16_bits: int, n_parameters: int) -> int:
     if int(size) < 1:
         raise BudgetError(f"the size {text!r} is no bytes at all.", hint=_HINT)
     return int(size)
+
+
+def parse_share(text: str) -> float:
+    """Read a share above 0 and below 1, as `10%`.
+
+    Raises:
+        SettingError: The text is no such share.
+    """
+    found = _PATTERN.fullmatch(text)
+    share = float(found[1]) / 100 if found is not None and found[2] == "%" else 0.0
+    if not 0 < share < 1:
+        raise SettingError(
+            f"{text!r} is no share between 0% and 100%.", hint="write a share such as 10%."
+        )
+    return share
 
 
 def check_fits(least: int, budget: Budget) -> None:

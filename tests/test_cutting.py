@@ -1,4 +1,4 @@
-"""A cut is priced at all that reads it, with the fit that follows, and measured when really made."""
+"""A cut is priced at all that reads it, with the fit that follows, and measured when made."""
 
 from dataclasses import replace
 

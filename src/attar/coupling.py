@@ -92,7 +92,7 @@ class CutPrice:
     Attributes:
         units: Which, the cheapest first.
         weights: Numbers that go.
-        refitted: Nats per prediction when what reads the others is fitted again, on samples that
+        refitted: Nats per prediction when what reads the others is fitted again, on data that
             neither the choice nor the fit has seen.
         plain: The same without the fit.
     """

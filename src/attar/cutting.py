@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from attar.coupling import CoupledGroup, CoupledUnits, CutPrice, CutTrial, Membe
 from attar.cut import cut_out, find_coupled
 from attar.cut.find import Run, check_same
 from attar.cut.refit import Reader, cheapest_first, refitted, weighted
-from attar.cut.surgery import Removed
-from attar.explain.price import bias_change, damage
+from attar.cut.surgery import Removed, masked
+from attar.explain.price import bias_change
 from attar.load.units import list_units
+from attar.pricing import price_changes
 from attar.records import Curvature, Statistics, Unit
 from attar.session import Session
 
@@ -28,7 +30,9 @@ def find(session: Session) -> CoupledUnits:
 
 
 def try_cut(session: Session, coupled: CoupledUnits, share: float) -> CutTrial:
-    """Price the cheapest share of each group, cut all of it, and measure.
+    """Choose the cheapest share of each group, price it, cut all of it, and measure.
+
+    Chosen and fitted on calibration data; priced and measured on recovery data.
 
     Args:
         share: Of the units of each group, above 0 and below 1.
@@ -40,26 +44,37 @@ def try_cut(session: Session, coupled: CoupledUnits, share: float) -> CutTrial:
     session = replace(session, units=list_units(session.model))
     with session.timed("explain"):
         statistics = session.gather()
+    module, groups = session.model.module, coupled.groups
     with session.timed("price"):
-        prices: dict[str, CutPrice] = {}
-        for group in coupled.groups:
-            found = None if _unknown(session, group) else _priced(session, statistics, group, share)
-            if found is not None:
-                prices[group.name] = found
-    removed = {name: one.units for name, one in prices.items()}
+        counts = {one.name: min(int(share * one.units + 0.5), one.units - 1) for one in groups}
+        cut = [one for one in groups if counts[one.name] and not _unknown(session, one)]
+        removed = {
+            one.name: cheapest_first(list(_readers(session, statistics, one)), counts[one.name])[0]
+            for one in cut
+        }
+        together = fit(session, statistics, cut, removed)
+        alone = [fit(session, statistics, [one], removed) for one in cut]
+        plain = [masked(module, [one], removed) for one in cut]
+        predicted, *nats = _nats(session, [together, *alone, *plain])
     with session.timed("measure"):
-        check_same(session.model.module, _runner(session), coupled.groups, removed)
-        fitted = fit(session, statistics, coupled.groups, removed)
-        small = cut_out(session.model.module, coupled.groups, removed, fitted)
-        plain = cut_out(session.model.module, coupled.groups, removed)
+        check_same(module, _runner(session), groups, removed)
+        small = cut_out(module, groups, removed, together)
         return CutTrial(
             share=share,
-            prices=prices,
-            weights=_count(session.model.module) - _count(small),
-            of_weights=_count(session.model.module),
-            predicted=_nats(session, statistics, coupled.groups, removed),
+            prices={
+                one.name: CutPrice(
+                    units=tuple(removed[one.name]),
+                    weights=one.weights * counts[one.name],
+                    refitted=nats[number],
+                    plain=nats[len(cut) + number],
+                )
+                for number, one in enumerate(cut)
+            },
+            weights=_count(module) - _count(small),
+            of_weights=_count(module),
+            predicted=predicted,
             measured=_measured(session, small),
-            measured_plain=_measured(session, plain),
+            measured_plain=_measured(session, cut_out(module, groups, removed)),
         )
 
 
@@ -78,43 +93,28 @@ def _unknown(session: Session, group: CoupledGroup) -> bool:
     return any(one.reads and one.parameter not in names for one in group.members)
 
 
-def _priced(
-    session: Session, statistics: Statistics, group: CoupledGroup, share: float
-) -> CutPrice | None:
-    count = min(int(share * group.units + 0.5), group.units - 1)
-    if not count:
-        return None
-    units = cheapest_first(list(_readers(session, statistics, group)), count)[0]
-    removed = {group.name: units}
-    return CutPrice(
-        units=tuple(units),
-        weights=group.weights * count,
-        refitted=_nats(session, statistics, [group], removed),
-        plain=_nats(session, statistics, [group], removed, fits=False),
-    )
-
-
 def _readers(session: Session, statistics: Statistics, group: CoupledGroup) -> Iterator[Reader]:
-    """All that reads a group, with what was seen of the first half of the data."""
+    """All that reads a group, with what is known of what enters it."""
     for member in group.members:
         if member.reads:
             unit = session.units.named(member.parameter.removesuffix(".weight"))
-            weight, columns = session.weight(unit), _columns(member, unit)
-            for term in statistics.curvatures[unit.name]:
-                rows = term.rows if term.rows_first is None else 2 * term.rows_first
-                moment = _moment(statistics.curvatures[unit.name])
-                diagonal = term.first if term.first.dim() == 1 else term.first[0].diagonal()
+            terms = statistics.curvatures[unit.name]
+            moment = _moment(terms)
+            for term in terms:
+                known = term.columns
+                diagonal = known if known.dim() == 1 else known[0].diagonal()
                 yield Reader(
-                    weighted(weight, rows), diagonal if moment is None else moment, columns
+                    weight=weighted(session.weight(unit), term.rows),
+                    moment=diagonal if moment is None else moment,
+                    columns=_columns(member, unit),
                 )
 
 
-def _moment(terms: Sequence[Curvature], *, held_out: bool = True) -> Tensor | None:
-    """A of the first half, or of all; None where it is not known as one matrix."""
+def _moment(terms: Sequence[Curvature]) -> Tensor | None:
+    """A of what enters a weight; None where it is not known as one matrix."""
     first = terms[0].first
-    if len(terms) > 1 or first.dim() != 3 or len(first) > 1:
-        return None
-    return first[0] if held_out else terms[0].columns[0]
+    whole = len(terms) == 1 and first.dim() == 3 and len(first) == 1
+    return terms[0].columns[0] if whole else None
 
 
 def _columns(member: Member, unit: Unit) -> Tensor:
@@ -135,48 +135,34 @@ def _gone(session: Session, groups: Sequence[CoupledGroup], removed: Removed) ->
     return {unit: torch.cat(parts) for unit, parts in found.items()}
 
 
-def _change(
-    session: Session,
-    statistics: Statistics,
-    unit: Unit,
-    gone: Tensor,
-    *,
-    fits: bool,
-    held_out: bool,
-) -> Tensor:
-    weight = session.weight(unit)
-    moment = _moment(statistics.curvatures[unit.name], held_out=held_out) if fits else None
-    return refitted(weight, torch.ones(1) if moment is None else moment, gone) - weight
-
-
-def _nats(
-    session: Session,
-    statistics: Statistics,
-    groups: Sequence[CoupledGroup],
-    removed: Removed,
-    *,
-    fits: bool = True,
-) -> float:
-    """Price a cut on the second half of the data, fitted on the first."""
-    total = 0.0
-    for unit, gone in _gone(session, groups, removed).items():
-        change = _change(session, statistics, unit, gone, fits=fits, held_out=True)
-        total += damage(change, statistics.curvatures[unit.name], held_out=True)
-    return total
-
-
 def fit(
     session: Session, statistics: Statistics, groups: Sequence[CoupledGroup], removed: Removed
 ) -> dict[str, Tensor]:
-    """Fit all that reads what is cut again, on all data; biases take the mean error up."""
+    """Fit all that reads what is cut again; biases take the mean error up.
+
+    Returns:
+        Parameter name to the new tensor, in its old shape: zeros in columns that are to go.
+    """
     new: dict[str, Tensor] = {}
     for unit, gone in _gone(session, groups, removed).items():
-        change = _change(session, statistics, unit, gone, fits=True, held_out=False)
-        new[unit.name + ".weight"] = (session.weight(unit) + change).reshape(unit.shape)
-        terms, bias = statistics.curvatures[unit.name], session.bias(unit)
+        weight, terms = session.weight(unit), statistics.curvatures[unit.name]
+        moment = _moment(terms)
+        fitted = refitted(weight, torch.ones(1) if moment is None else moment, gone)
+        new[unit.name + ".weight"] = fitted.reshape(unit.shape)
+        bias = session.bias(unit)
         if bias is not None and len(terms) == 1 and terms[0].means is not None:
-            new[unit.bias] = bias + bias_change(change, terms)
+            new[unit.bias] = bias + bias_change(fitted - weight, terms)
     return new
+
+
+def _nats(session: Session, made: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    """Price what sets of new parameters change, each set for itself, on recovery data."""
+    changes = [
+        {name: partial(torch.sub, t, session.parameter(name)) for name, t in new.items()}
+        for new in made
+    ]
+    found = price_changes(session, changes, session.data.recovery)
+    return [sum(damages.values()) for damages in found]
 
 
 def _measured(session: Session, small: nn.Module) -> float:

@@ -28,7 +28,16 @@ from attar.explain.probe import Changes
 from attar.explain.probe import probe as probe_changes
 from attar.explain.statistics import of_unit
 from attar.parallel import Work
-from attar.records import Curvature, Replacement, RowWeights, Statistics, Transform, Unit, Units
+from attar.records import (
+    Batch,
+    Curvature,
+    Replacement,
+    RowWeights,
+    Statistics,
+    Transform,
+    Unit,
+    Units,
+)
 from attar.session import Session
 from attar.transform.apply import (
     Facts,
@@ -328,10 +337,27 @@ def _probe(
     session: Session, changes: Sequence[Changes], share: float, weights: Changes | None = None
 ) -> list[dict[str, float]]:
     n = max(1, round(len(session.data.calibration) * share))
+    return price_changes(session, changes, session.data.calibration[:n], weights)
+
+
+def price_changes(
+    session: Session,
+    changes: Sequence[Changes],
+    batches: Sequence[Batch],
+    weights: Changes | None = None,
+) -> list[dict[str, float]]:
+    """Price sets of changes, each for itself, on these data, without taking A and G apart.
+
+    Args:
+        weights: Where the model runs; None for its own.
+
+    Returns:
+        Of each set, unit name to nats per prediction.
+    """
     found = probe_changes(
         session.model,
         changes,
-        session.data.calibration[:n],
+        batches,
         session.divergence,
         seed=session.recipe.seed,
         draws=session.draws,

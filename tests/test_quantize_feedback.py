@@ -220,6 +220,20 @@ def test_inputs_that_were_never_seen_get_a_finite_factor():
     assert torch.isfinite(QuantizeFeedback(2, 0).apply(random(4, 5), c).dense).all()
 
 
+def test_a_moment_that_rounding_left_without_a_root_gets_more_of_a_ridge():
+    """Only in the group that needs it: that of the other is as it would be alone."""
+    sound = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    broken = torch.tensor([[1.0, 1.2], [1.2, 1.0]])  # eigenvalues 2.2 and -0.2
+    factor, lasting = feedback_factor(torch.stack([sound, broken]))
+    assert factor.isfinite().all() and (lasting > 0).all()
+    assert torch.equal(factor[0], feedback_factor(sound[None])[0][0])
+    # 0.03 is too little for -0.2; with 0.3 the second column takes 1.2 / 1.3 of an error.
+    found = feedback_factor(broken[None], 0.03)[0]
+    assert float(found[0, 0, 1]) == pytest.approx(-1.2 / 1.3)
+    with pytest.raises(ValueError, match="not finite"):
+        feedback_factor(torch.full((1, 2, 2), torch.nan))
+
+
 def test_a_moment_of_fewer_samples_than_columns_is_no_hindrance():
     x = random(3, 40)
     found = QuantizeFeedback(2, 8).apply(random(4, 40), (x.T @ x / 3)[None])

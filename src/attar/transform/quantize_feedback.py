@@ -264,11 +264,26 @@ def feedback_factor(
     mean = power.mean(1, keepdim=True)
     # A group that never saw an input has a moment of zeros: there is nothing to feed back.
     ridge = torch.where(mean > 0, damping_fraction * mean, torch.ones_like(mean))
-    damped = exact + torch.diag_embed(ridge.expand(power.shape))
-    root = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
-    one = torch.eye(damped.shape[1], dtype=torch.float64)
+    root, ridge = _root(exact, ridge)
+    one = torch.eye(exact.shape[1], dtype=torch.float64)
     upper: Tensor = torch.linalg.solve_triangular(root, one, upper=True)
     factor: Tensor = upper / upper.diagonal(dim1=1, dim2=2)[..., None]
     left = root.diagonal(dim1=1, dim2=2).square() - ridge
     lasting = torch.maximum(left, SMALLEST_LASTING * power.clamp(min=1e-9 * ridge))
     return factor.float(), lasting.sqrt().float()
+
+
+def _root(exact: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """U where U Uᵀ is the moment with a ridge, and the ridge of each group.
+
+    A moment of a few samples, kept in 16 bits, may by its rounding lack what makes it positive:
+    then its ridge grows.
+    """
+    if not exact.isfinite().all():  # no ridge would help
+        raise ValueError("a moment has numbers that are not finite")
+    while True:
+        damped = exact + torch.diag_embed(ridge.expand(exact.shape[:2]))
+        root, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        if not failed.any():
+            return root.flip(1, 2), ridge
+        ridge = torch.where(failed[:, None] > 0, 10 * ridge, ridge)

@@ -115,7 +115,7 @@ def gathered(module, x, divergence, task, draws):
     statistics = gather_statistics(
         model,
         list_units(model),
-        toys.data([{"inputs": x}]),
+        [{"inputs": x}],
         divergence,
         seed=0,
         draws=draws,

@@ -70,7 +70,7 @@ def test_with_one_position_and_one_input_the_two_are_one_and_the_price():
     batches = [{"inputs": x}]
     model = toys.toy("classify", module, examples={"inputs": x[:2]})
     statistics = gather_statistics(
-        model, list_units(model), toys.data(batches), FIXED, seed=0, progress=Silent()
+        model, list_units(model), batches, FIXED, seed=0, progress=Silent()
     )
     for name, shape in (("0", (5, 3)), ("2", (4, 5))):
         change = 0.1 * random(*shape, seed=2)

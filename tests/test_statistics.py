@@ -44,8 +44,7 @@ def random(*shape, seed=0):
 def gather(module, batches, task="classify", divergence=FIXED, **more):
     model = toys.toy(task, module, examples=batches[0])
     units = list_units(model)
-    data = toys.data(batches, slices=more.pop("slices", ()), counts=more.pop("token_counts", None))
-    found = gather_statistics(model, units, data, divergence, seed=0, progress=Silent(), **more)
+    found = gather_statistics(model, units, batches, divergence, seed=0, progress=Silent(), **more)
     return units, found
 
 
@@ -240,19 +239,6 @@ def hedged(values):
     """A quarter of what is to come may be of another kind: the same list by its roots."""
     roots = np.sqrt(values)
     return 0.75 * values + 0.25 * values.sum() * roots / roots.sum()
-
-
-def test_text_that_is_only_counted_tells_how_often_a_token_is_read():
-    """But only for the table that tokens of the data are looked up in."""
-    module = nn.ModuleDict({"words": nn.Embedding(9, 4), "places": nn.Embedding(5, 4)})
-    module.forward = lambda tokens: module["words"](tokens) + module["places"](torch.arange(5))
-    counted = torch.tensor([0.0, 7.0, 0.0, 1.0, 12.0])  # nothing beyond token 4 is met
-    found = gather(module, [{"tokens": TOKENS}], "language", token_counts=counted)[1].curvatures
-    counts = np.bincount(TOKENS.flatten(), minlength=9) + np.array([0, 7, 0, 1, 12, 0, 0, 0, 0])
-    unseen, once = counts == 0, (counts == 1).sum() / counts.sum()  # Good-Turing
-    share = np.where(unseen, once / unseen.sum(), (1 - once) * counts / counts.sum())
-    assert np.allclose(found["words"][0].rows, hedged(share), **CLOSE)
-    assert np.allclose(found["places"][0].rows, hedged(np.full(5, 1 / 5)), **CLOSE)
 
 
 def test_a_tied_weight_has_one_curvature_for_each_use():
@@ -530,7 +516,7 @@ def test_a_weight_that_only_the_second_stream_uses_is_priced():
     x[:4, 0] *= -1  # the first piece of four
     model = toys.toy("classify", Choosy(), examples={"inputs": x[4:]})
     found = gather_statistics(
-        model, list_units(model), toys.data([{"inputs": x}]), FIXED, seed=0, progress=Silent()
+        model, list_units(model), [{"inputs": x}], FIXED, seed=0, progress=Silent()
     )
     (curvature,) = found.curvatures["sometimes"]
     assert curvature.first is curvature.second and float(curvature.rows_mean) > 0

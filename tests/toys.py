@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 
 from attar.load.tasks import TASKS
-from attar.records import Architecture, Data, Model
+from attar.records import Architecture, Model
 
 PICTURE = {"size": 33, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5], "crop_fraction": 0.875}
 WORDS = ("Th", "In", "We")
@@ -42,11 +42,6 @@ def toy(task, module, files=None, config=None, examples=None) -> Model:
         examples=examples,
         source_bytes=0,
     )
-
-
-def data(batches, *, slices=(), counts=None) -> Data:
-    """Calibration data alone."""
-    return Data(batches, (), (), "toys", slices=slices, token_counts=counts)
 
 
 @cache

@@ -94,8 +94,6 @@ class Data:
         shown: Text of audit samples where there is one, in order of samples (for the report).
         audit_slices: Slice label of each audit sample, or empty.
         answers: Number of the true class of each audit sample, -1 where it is not known; or empty.
-        token_counts: How often each token stands in text of the source that no split was dealt: to
-            count needs no model. None where there is none, or no text.
     """
 
     calibration: Sequence[Batch]
@@ -106,7 +104,6 @@ class Data:
     shown: Sequence[str] = ()
     audit_slices: Sequence[str] = ()
     answers: Sequence[int] = ()
-    token_counts: Tensor | None = None
 
 
 @dataclass(frozen=True)

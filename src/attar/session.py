@@ -173,11 +173,10 @@ class Session:
         """What must be the same for a finished step to be of use."""
         with one_thread(), torch.no_grad():
             answers = self.model.task.forward(self.model.module, self.model.examples)
-        counted = [] if self.data.token_counts is None else [{"": self.data.token_counts}]
         hashes = {
             "weights": state_hash(self.model.module),
             "code": tensors_hash([{"answers": answers}]),
-            "data": tensors_hash([*self.data.calibration, *self.data.recovery, *counted]),
+            "data": tensors_hash([*self.data.calibration, *self.data.recovery]),
             "slices": [list(labels) for labels in self.data.slices],
         }
         return key_of(self.recipe, hashes)
@@ -187,9 +186,10 @@ class Session:
         return gather_statistics(
             self.model,
             self.units,
-            self.data,
+            self.data.calibration,
             self.divergence,
             seed=self.recipe.seed,
+            slices=self.data.slices,
             draws=self.draws,
             progress=self.progress,
         )

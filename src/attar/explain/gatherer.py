@@ -62,7 +62,6 @@ class Use:
     rows: Tensor | Symmetric
     columns: Columns
     is_answer: bool = False
-    reads_tokens: bool = False  # of the data, and not positions, say
 
 
 @dataclass
@@ -112,7 +111,6 @@ class Gatherer:
         self._draws = draws
         self.sums = Sums()
         self._labels: Sequence[str] = ()
-        self._given: Sequence[Tensor] = ()
         self._n_samples = 0
         self._calls: dict[str, int] = {}
         on_disk = lies_on_disk(model.module)
@@ -125,7 +123,6 @@ class Gatherer:
         """Add one small batch to the sums."""
         self._labels, self._calls = labels, defaultdict(int)
         self._n_samples = len(next(iter(batch.values())))
-        self._given = list(batch.values())
         edge, answers = self._forward(batch)
         mask = predictions_mask(answers, batch)
         self._count(mask)
@@ -222,7 +219,6 @@ class Gatherer:
             counts = cast(Tensor, use.rows)  # a diagonal: the input is one-hot
             counts += torch.bincount(tokens.flatten(), minlength=unit.rows)
             use.columns.positions += tokens.numel()
-            use.reads_tokens = any(torch.equal(given, call.input) for given in self._given)
             output.register_hook(lambda g: self._looked_up(unit, use, tokens, value, g))  # type: ignore[no-untyped-call]
             return output
         sizes = moments.channel_sizes(unit, output.detach(), self._n_samples)

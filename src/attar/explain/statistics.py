@@ -43,17 +43,7 @@ from attar.explain.moments import add_second_moment, hedged, token_frequency
 from attar.kernels.symmetric import Packed, Symmetric
 from attar.memory import release
 from attar.parallel import in_order
-from attar.records import (
-    MEAN_HEDGE,
-    Batch,
-    Curvature,
-    Data,
-    Model,
-    Progress,
-    Statistics,
-    Unit,
-    Units,
-)
+from attar.records import MEAN_HEDGE, Batch, Curvature, Model, Progress, Statistics, Unit, Units
 
 # What one stream saw is priced against what the other saw.
 STREAMS = 2
@@ -68,28 +58,28 @@ Piece = tuple[Batch, Sequence[str]]
 def gather_statistics(
     model: Model,
     units: Units,
-    data: Data,
+    batches: Sequence[Batch],
     divergence: Divergence,
     *,
     seed: int,
     progress: Progress,
+    slices: Sequence[Sequence[str]] = (),
     draws: int = 1,
 ) -> Statistics:
-    """Run the model forward and backward over calibration data and keep the second moments.
+    """Run the model forward and backward over `batches` and keep the second moments.
 
     Where the weights lie on disk, sums and what waits for the way back go to scratch files.
 
     Args:
-        data: Whose samples, slices and counts of tokens these are.
         divergence: Of the model's task; for "gaussian" already fitted.
         seed: Of the sampled answers.
+        slices: Label of each sample of each batch, or empty.
         draws: Answers sampled per prediction; each more costs a backward pass.
 
     Raises:
         DataError: The model's outputs are not finite on this data.
     """
-    batches = data.calibration
-    labels = data.slices or [()] * len(batches)
+    labels = slices or [()] * len(batches)
     dealt = [
         piece
         for batch, own in zip(batches, labels, strict=True)
@@ -108,17 +98,7 @@ def gather_statistics(
             return gatherer.sums
 
         first, second = in_order(gather, range(STREAMS))
-    if data.token_counts is not None:
-        _count_more(first, data.token_counts)
     return _result(units, first, second, draws, Scratch(on_disk=on_disk))
-
-
-def _count_more(sums: Sums, token_counts: Tensor) -> None:
-    """Add what other text reads to the counts of what this data read."""
-    for use in (use for uses in sums.uses.values() for use in uses):
-        if use.reads_tokens and isinstance(use.rows, Tensor):
-            n = min(len(token_counts), len(use.rows))
-            use.rows[:n] += token_counts[:n]
 
 
 def samples_at_once(task: str) -> int:

@@ -121,7 +121,6 @@ def load_data(
         shown=[sample.shown for sample in audit] if any(s.shown for s in audit) else (),
         audit_slices=[s.label for s in audit] if all(s.label for s in audit) else (),
         answers=[s.answer for s in audit] if any(s.answer >= 0 for s in audit) else (),
-        token_counts=splits.token_counts,
     )
 
 

@@ -54,15 +54,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Splits:
-    """Samples of the three splits, in the order of `SPLITS`, and where they come from.
-
-    Attributes:
-        token_counts: See `Data`.
-    """
+    """Samples of the three splits, in the order of `SPLITS`, and where they come from."""
 
     samples: tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[Sample, ...]]
     origin: str
-    token_counts: Tensor | None = None
 
 
 @dataclass

@@ -10,15 +10,12 @@ import itertools
 import platform
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from attar.decode import language_step, write_tokens
 from attar.errors import DataError
@@ -38,7 +35,6 @@ WANTED = "UTF-8 text (.txt, .md or .raw), a folder of it, or a .tsv table"
 SHARED_RUN = 32  # tokens; no run of this length stands in two splits
 SLACK = 1.5  # text dealt for each split, over what it needs: some is lost to repeats
 ROWS_AT_ONCE = 32  # sequences written together: a step reads all weights once for all of them
-COUNTED = 500_000  # tokens beside the splits that are counted: a few seconds, and no forward pass
 PIECE_CHARACTERS = 4000  # of a text file dealt to one split together: about four sequences
 LONGEST_SENTENCE = 128  # tokens
 OPENING_WORD = re.compile(r"[Ġ▁]?[A-Z][a-z]+")
@@ -86,8 +82,7 @@ def language_splits(
     to_read = [rows - own for rows, own in zip(wanted, written, strict=True)]
     needs = [ceil(rows * length * SLACK) for rows in to_read]
     found, origin = _find_documents(source, slices, seed, sum(needs))
-    texts = iter(found)
-    pools, n_tokens = _tokenize_and_deal(texts, tokenizer, (needs[0], needs[1], needs[2]))
+    pools, n_tokens = _tokenize_and_deal(found, tokenizer, (needs[0], needs[1], needs[2]))
     gap = tokenizer.encode("\n\n", add_special_tokens=False).ids
     lead = leading_tokens(tokenizer)
     candidates = [_cut_rows(pool, lead, gap, length) for pool in pools]
@@ -101,8 +96,7 @@ def language_splits(
     ]
     if source is None:
         origin = f"half text the model wrote itself (temperature 1, seed {seed}), half {origin}"
-    unread = _unread_rows(texts, tokenizer, lead, gap, length) if source is not None else ()
-    return Splits((samples[0], samples[1], samples[2]), origin, count_tokens(unread))
+    return Splits((samples[0], samples[1], samples[2]), origin)
 
 
 def sentence_splits(
@@ -116,11 +110,11 @@ def sentence_splits(
     tokenizer = read_tokenizer(model.files)
     needs = counts.as_tuple()
     found, origin = _find_documents(source, slices, seed, 400 * sum(needs))
-    dealer, seen, n_found, texts = Dealer(needs), set[str](), 0, iter(found)
+    dealer, seen, n_found = Dealer(needs), set[str](), 0
     dealt: list[list[Sample]] = [[], [], []]
     # of the documentation a few sentences of each document, so that many subjects are heard
     most = None if source is not None else max(4, sum(needs) // 40)
-    for document in texts:
+    for document in found:
         new = [text for text in _sentences(document.text, source) if text.lower() not in seen]
         new = list(dict.fromkeys(new))[:most]
         if not new:
@@ -142,10 +136,7 @@ def sentence_splits(
         tuple(sorted(samples[:n], key=lambda sample: len(sample.tensors["tokens"])))
         for samples, n in zip(dealt, needs, strict=True)
     ]
-    unread = (text for one in texts for text in _sentences(one.text, source))
-    rows = (_encode_sentence(t, tokenizer, "") for t in unread if t.lower() not in seen)
-    counted = (row.tensors["tokens"].tolist() for row in (rows if source is not None else ()))
-    return Splits((short[0], short[1], short[2]), origin, count_tokens(counted))
+    return Splits((short[0], short[1], short[2]), origin)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,42 +193,18 @@ def _cut_words(paragraph: str, most: int) -> list[str]:
 
 
 def _tokenize_and_deal(
-    found: Iterator[Document], tokenizer: Tokenizer, needs: tuple[int, int, int]
+    found: Iterable[Document], tokenizer: Tokenizer, needs: tuple[int, int, int]
 ) -> tuple[list[list[Row]], int]:
     """Deal documents until each split has what it needs; rows of each split, and tokens seen."""
     pools: list[list[Row]] = [[], [], []]
     dealer = Dealer(needs)
-    while not dealer.filled() and (document := next(found, None)) is not None:
+    for document in found:
+        if dealer.filled():
+            break
         ids = tokenizer.encode(document.text, add_special_tokens=False).ids
         if ids:
             pools[dealer.deal(len(ids))].append((ids, document.label))
     return pools, sum(dealer.got)
-
-
-def _unread_rows(
-    texts: Iterable[Document], tokenizer: Tokenizer, lead: list[int], gap: list[int], length: int
-) -> Iterator[list[int]]:
-    """Rows of text that no split was dealt, as the model would read them."""
-    step = length - len(lead)
-    for document in texts:
-        ids = gap + tokenizer.encode(document.text, add_special_tokens=False).ids
-        yield from (lead + ids[at : at + step] for at in range(0, len(ids), step))
-
-
-def count_tokens(rows: Iterable[Sequence[int]]) -> Float[Tensor, " n_tokens"] | None:
-    """How often each token stands in the first half million of these; None where there are none."""
-    counts: Counter[int] = Counter()
-    n = 0
-    for ids in rows:
-        counts.update(ids)
-        n += len(ids)
-        if n >= COUNTED:
-            break
-    if not counts:
-        return None
-    found = torch.zeros(max(counts) + 1)
-    found[list(counts)] = torch.tensor(list(counts.values()), dtype=torch.float32)
-    return found
 
 
 def _cut_rows(pool: Sequence[Row], lead: list[int], gap: list[int], length: int) -> list[Row]:

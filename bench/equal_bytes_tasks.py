@@ -44,7 +44,7 @@ def measure(options: Options) -> Iterator[Row]:
 
 def measure_point(place: Place, tool: str, setting: str) -> Row:
     """Compress once, and let both answer."""
-    [facts] = make(place, tool, [setting])
+    [facts] = make(place, tool, [setting]).values()
     typed = [facts["weights"], place.facts, str(place.options.data)]
     done = python(JUDGE, typed, place.folder / "tasks.log")
     return {

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from kept_outputs import Kept, keep_outputs, measured_damage
 from results_file import Bench, Finding, Options, Row, main, number, of_model
 
-from attar import decide
+from attar import decide, sizing
 from attar.plan.frontier import FRONTIER_FILE, frontier_to_json, read_prices
 from attar.progress import open_progress
 from attar.records import Frontier, FrontierPoint, Recipe, Statistics
@@ -48,7 +48,7 @@ def measure(options: Options) -> Iterator[Row]:
         with open_progress() as progress:
             session = open_recipe(recipe, progress)
             statistics = decide.explain(session)
-            made = decide.frontier(session, decide.price(session, statistics), statistics)
+            made = sizing.frontier(session, decide.price(session, statistics), statistics)
             prices = read_back(made, session)
             kept = keep_outputs(session, session.data.audit)
             chosen = made.points[::6] if options.quick else made.points

@@ -49,6 +49,7 @@ test: $(test_ready)
 	$(bin)/ruff format --check
 	$(bin)/ruff check
 	$(bin)/mypy
+	$(bin)/mypy --config-file bench/mypy.ini
 	$(bin)/lint-imports
 	$(bin)/python -m pytest
 

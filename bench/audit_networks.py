@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,7 +244,12 @@ def tokenizer(numbers: tuple[int, ...]) -> bytes:
     """A tokenizer.json of words apart by spaces."""
     words = {f"w{word}": number for word, number in enumerate(numbers)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
-    parts = {"normalizer": None, "post_processor": None, "decoder": None, "added_tokens": []}
+    parts: dict[str, Any] = {
+        "normalizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "added_tokens": [],
+    }
     split = {"type": "WhitespaceSplit"}
     return json.dumps({**parts, "version": "1.0", "pre_tokenizer": split, "model": model}).encode()
 

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -91,8 +91,8 @@ def measure(options: Options) -> Iterator[Row]:
             place = Place(name, Path(folder), data_of(subject, options, Path(folder)), options)
             settings = settings[:1] if options.quick else settings
             together = judged_at_once(tool, options)
-            for start in range(0, len(settings), together):
-                yield from measure_points(place, tool, settings[start:][:together])
+            for first in range(0, len(settings), together):
+                yield from measure_points(place, tool, settings[first:][:together])
 
 
 def judged_at_once(tool: str, options: Options) -> int:

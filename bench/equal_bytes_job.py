@@ -34,7 +34,7 @@ LAYERS = {
 def opened(facts: Mapping[str, Any]) -> Session:
     """The original with its calibration data."""
     recipe = facts["recipe"]
-    numbers = {n: int(v) for n, v in recipe.items() if n not in ("data", "task")}
+    numbers: dict[str, Any] = {n: int(v) for n, v in recipe.items() if n not in ("data", "task")}
     return open_recipe(
         Recipe(
             model=facts["model"],
@@ -46,7 +46,7 @@ def opened(facts: Mapping[str, Any]) -> Session:
     )
 
 
-def own_code(facts: Mapping[str, Any]) -> dict[str, str]:
+def own_code(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What opens a folder of a model whose code is one's own."""
     task = facts["recipe"].get("task")
     return {} if task is None else {"factory": facts["model"], "task": task}

@@ -90,10 +90,10 @@ def of_treatment(
     chosen = [unit for unit in units if transform.rejects(unit) is None]
     price, start = 0.0, time.perf_counter()
     for unit in chosen:
-        (made,) = pricing.treat_held_out(session, unit, [transform], statistics)
+        weight = session.weight(unit)
+        (made,) = pricing.treat_held_out(unit, weight, [transform], statistics)
         assert isinstance(made, Replacement), made
-        change = made.dense - session.weight(unit)
-        price += pricing.price_change(unit, change, statistics, treatment[0])
+        price += pricing.price_change(statistics, treatment[0], None, unit, made.dense - weight)[0]
     weights = sum(unit.n_weights for unit in chosen)
     stored = sum(transform.cost(unit).weight_bytes for unit in chosen)
     return {

@@ -45,7 +45,7 @@ def judged_batches(session: Session, facts: Mapping[str, Any]) -> Sequence[Batch
     return judging_data(session, facts)[""]
 
 
-def arrays(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+def arrays(batches: Sequence[Batch]) -> dict[str, Any]:
     """All samples together, those of fewer tokens filled up with what the mask leaves out."""
     found = {}
     for name in NAMES:

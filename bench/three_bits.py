@@ -181,7 +181,7 @@ def gptq_in_order(session: Session) -> Weights:
     """Round block after block, gathering each A behind the blocks that are already rounded."""
     module = copy.deepcopy(session.model.module)
     streams = inputs_of_first_block(module, session)
-    blocks = module.model.layers
+    blocks: Any = module.get_submodule("model.layers")
     with session.progress.stage("round in order", len(blocks)) as advance:
         for block in blocks:
             for name, moment in block_moments(block, streams).items():
@@ -209,7 +209,7 @@ def inputs_of_first_block(module: nn.Module, session: Session) -> list[Stream]:
         streams.append((inputs, named))
         raise _Reached
 
-    hook = module.model.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+    hook = module.get_submodule("model.layers.0").register_forward_pre_hook(keep, with_kwargs=True)
     try:
         for batch in session.data.calibration:
             _run_until_reached(session, module, batch)

@@ -96,6 +96,26 @@ def test_lists_of_vectors_lose_no_more_than_larger_or_equal_plain_types(small, l
     assert lost[0] < 0.95 * lost[1]
 
 
+@pytest.mark.parametrize("small, large", [("IQ3_S", "Q3_K"), ("IQ2_S", "Q2_K")])
+@pytest.mark.parametrize("far, times", [(20.0, 1.1), (80.0, 4.0)])
+def test_lists_of_vectors_reach_a_dear_weight_far_from_the_others(small, large, far, times):
+    """As in MiniLM, where one input of a feed-forward network is 300 times the mean square.
+
+    At 80 times the others, neighbours of a far weight can only be a thirtieth of it, or nothing
+    in plain types: that is the lists' own limit. Scales that do not reach it lose 800 times.
+    """
+    weight, c = random(24, 512), moment(512)
+    weight[:, 358] *= far / 3
+    weight[5, 358] = -far
+    c[:, 358] *= 17.0
+    c[:, :, 358] *= 17.0
+    lost = []
+    for name in (small, large):
+        change = (QuantizeLlama(name).apply(weight, c).dense - weight).double()
+        lost.append(float((change @ c[0].double() * change).sum()))
+    assert lost[0] < times * lost[1]
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q4_1", "Q5_1", "Q8_0"])
 def test_old_types_lose_no_more_than_the_gguf_packages_own_rounding(name):
     weight, number = random(32, 256), gguf.GGMLQuantizationType(TYPES[name].number)

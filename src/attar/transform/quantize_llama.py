@@ -5,7 +5,7 @@ into the few bits the type has for them; then each weight is rounded to the grid
 with feedback between columns and rows (`kernels/feedback.py`).
 
 Source: the formats are those of llama.cpp (`llama_blocks.py`); its own quantizer rounds each weight
-by itself, with scales fitted by weighted least squares. We search among shrunken ranges, move each
+by itself, with scales fitted by weighted least squares. We search among ranges, move each
 scale by one step up and down, and let feedback do the rest.
 """
 
@@ -32,8 +32,11 @@ from attar.transform.quantize_feedback import round_turns, turns
 RANGE_FACTORS = tuple(round(1.05 - 0.06 * k, 2) for k in range(8))
 FINE_STEPS = (-0.03, 0.03)
 FEW_FACTORS, FEW_FROM_BITS = 3, 6
-# Shares of the scale with which sizes are on average those of the list.
-VECTOR_FACTORS = (0.85, 0.95, 1.05, 1.2)
+# Shares of the scale with which sizes are on average those of the list; then that many steps more,
+# up to the scale with which the largest weight has the largest size: one weight far from the others
+# may be worth all of them.
+VECTOR_FACTORS = (0.9, 1.1)
+WIDER_STEPS = 3
 # In place of a step of 0, by which nothing can be divided.
 TINY = 1e-30
 
@@ -169,25 +172,54 @@ def fit(
 
 def _fit_vectors(x: Parts, share: Parts, form: BlockType, sizes: Tensor) -> Blocks:
     """Choose scales of a type whose neighbours have sizes of a list together; all are odd."""
-    flat, weight = (t.reshape(-1, x.shape[2]).contiguous().numpy() for t in (x, share))
-    of_list = float(sizes.square().mean().sqrt())
-    even = x.square().mean(-1).sqrt() / of_list
-    best, least = even, torch.full_like(even, torch.inf)
-    for factor in VECTOR_FACTORS:
-        error = torch.empty(len(flat))
-        tried = (even * factor).flatten().numpy()
-        feedback.vector_error(flat, weight, tried, sizes.numpy(), error.numpy())
-        better = error.view_as(least) < least
-        least = torch.where(better, error.view_as(least), least)
-        best = torch.where(better, even * factor, best)
+    best = _best_vector_scale(x, share, sizes)
     d, _ = _shared(best / form.unit, form.scale_limits)
-    divisor = torch.where(d == 0, torch.inf, d.float() * form.unit)[:, None]
-    odd = ((best / divisor - 1) / 2).round().clamp(0, form.scale_limits[1] // 2) * 2 + 1
-    nothing = torch.zeros_like(odd).long().numpy()
+    unit = (d.float() * form.unit)[:, None]
+    divisor = torch.where(unit == 0, torch.inf, unit)
+    highest = form.scale_limits[1] // 2
+    half = ((best / divisor - 1) / 2).round().clamp(0, highest)
+    least = _vector_error(x, share, unit * (2 * half + 1), sizes)
+    nearest = half
+    for step in (-1, 1):  # the nearest of few scales is not always the best
+        moved = (nearest + step).clamp(0, highest)
+        error = _vector_error(x, share, unit * (2 * moved + 1), sizes)
+        half, least = torch.where(error < least, moved, half), torch.minimum(error, least)
+    odd = (2 * half + 1).long().numpy()
     return Blocks(
-        d.numpy(), torch.zeros_like(d).numpy(), odd.long().numpy(), nothing,
+        d.numpy(), torch.zeros_like(d).numpy(), odd, np.zeros_like(odd),
         np.zeros((len(x), form.columns), np.int64),
     )  # fmt: skip
+
+
+def _best_vector_scale(x: Parts, share: Parts, sizes: Tensor) -> OfParts:
+    """Scale of each part of the least weighted squared error, as a real number."""
+    even = x.square().mean(-1).sqrt() / float(sizes.square().mean().sqrt())
+    tried = torch.stack([even * factor for factor in VECTOR_FACTORS])
+    error = torch.stack([_vector_error(x, share, scale, sizes) for scale in tried])
+    least, place = error.min(0)
+    best = tried.gather(0, place[None])[0]
+    # Where that does not reach the largest weight, up to a scale that does.
+    reach = x.abs().amax(-1) / float(sizes.max())
+    far = reach > tried[-1]
+    low, high, x, share = tried[-1][far], reach[far], x[far], share[far]
+    for step in range(1, WIDER_STEPS + 1):
+        scale = low * (high / low) ** (step / WIDER_STEPS)
+        found = _vector_error(x, share, scale, sizes)
+        best[far] = torch.where(found < least[far], scale, best[far])
+        least[far] = torch.minimum(found, least[far])
+    return best
+
+
+def _vector_error(
+    x: Float32[Tensor, "*parts width"],
+    share: Float32[Tensor, "*parts width"],
+    scale: Float32[Tensor, "*parts"],
+    sizes: Tensor,
+) -> Float32[Tensor, "*parts"]:
+    error = torch.empty(scale.numel())
+    flat = (t.reshape(-1, x.shape[-1]).numpy() for t in (x, share))
+    feedback.vector_error(*flat, scale.flatten().numpy(), sizes.numpy(), error.numpy())
+    return error.view_as(scale)
 
 
 Parts = Float32[Tensor, "blocks parts width"]

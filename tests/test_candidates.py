@@ -60,6 +60,15 @@ def test_every_treatment_of_the_menu_fits_a_unit_of_any_width(columns, rows):
     assert averages == (set(menus.AVERAGE_BITS) if range_coded else set())
 
 
+def test_factors_are_as_small_as_the_menu_says_and_left_out_where_they_cannot_be():
+    factored = [s for name, s in menu(unit(384, 1536)) if name == "factorize_low_rank"]
+    assert len(factored) == len(menus.FACTORED_BITS)
+    for bits, settings_ in zip(menus.FACTORED_BITS, factored, strict=True):
+        stored = build_transform("factorize_low_rank", settings_).cost(unit(384, 1536)).weight_bytes
+        assert stored <= 1.05 * bits * 384 * 1536 / 8
+    assert not [name for name, _ in menu(unit(384, 6)) if name == "factorize_low_rank"]
+
+
 def test_pins_are_names_patterns_or_names_of_tied_weights():
     tied = replace(unit(8), name="model.embed_tokens", coupled=("lm_head",))
     for pattern in ("model.embed_tokens", "lm_head", "*head", "model.*", "*"):

@@ -7,8 +7,10 @@ import torch
 from test_price import curvature, random
 
 from attar import pricing
+from attar.explain import price
 from attar.plan.candidates import AVERAGE_BITS
 from attar.records import Unit, Units
+from attar.transform.factorize_low_rank import FactorizeLowRank
 from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
 
@@ -32,6 +34,19 @@ def test_a_width_that_is_listed_twice_is_priced_twice():
     widths = [QuantizeEntropy(bits) for bits in (2, 3, 3, 4, 5, 6, 7)]
     found = list(pricing.price_weight(UNIT, weight, curvatures, widths))
     assert found[1] == found[2] and sorted(found, reverse=True) == found
+
+
+def test_factors_are_priced_by_all_rows_where_others_are_by_a_sample():
+    """Of few rows, a rank would hold more than it does of all."""
+    tall = Unit("up", "linear", (6000, 64), ("linear",))
+    weight, known = random(6000, 64), curvature(1, 6000, 64)
+    assert price.sample_rows(weight, [known]) is not None
+    factors = FactorizeLowRank(16, 3)
+    found = list(pricing.price_weight(tall, weight, [known], [QuantizeFeedback(4, 64), factors]))
+    moment = price.rounding_moment([known], held_out=True)
+    rows = price.row_weights([known], held_out=True)
+    change = factors.apply(weight, moment, rows).dense - weight
+    assert found[1] == price.damage(change, [known], held_out=True)
 
 
 def test_a_weight_of_zeros_costs_nothing_at_any_width():

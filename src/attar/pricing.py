@@ -47,6 +47,7 @@ from attar.transform.apply import (
     substitutions,
     treat,
 )
+from attar.transform.factorize_low_rank import FactorizeLowRank
 from attar.transform.quantize_entropy import QuantizeEntropy
 
 # Width of the rounding error on which coherence is measured: one that the plan often makes.
@@ -64,6 +65,8 @@ FEEDS_BACK = (
     *("quantize_feedback", "quantize_entropy", "quantize_levels", "quantize_llama"),
     *("quantize_codebook", "quantize_low_rank", "quantize_outliers", "quantize_binary"),
 )
+# Beside these, what is fitted to statistics in other ways.
+FITTED = (*FEEDS_BACK, "factorize_low_rank")
 
 
 def price_change(
@@ -114,19 +117,23 @@ def price_weight(
     check_finite(unit, weight)
     moment = price.rounding_moment(curvatures, held_out=True)
     sample = price.sample_rows(weight, curvatures) if unit.groups == 1 else None
-    rows = price.row_weights(curvatures, sample, held_out=True)
-    if sample is not None:
-        weight, curvatures = weight[sample.rows], price.of_rows(curvatures, sample)
-    tried = _tried(transforms)
+    rows = price.row_weights(curvatures, held_out=True)
     # What feedback between rows saves is nearly the same share for all, and known already.
-    rows = replace(rows, moment=None)
-    found = treat(weight, moment, [transforms[place] for place in tried], rows, for_price=True)
-    prices = {
-        place: made
-        if isinstance(made, AttarError)
-        else price.damage(made.dense - weight, curvatures, held_out=True)
-        for place, made in zip(tried, found, strict=True)
-    }
+    some = weight, curvatures, replace(rows, moment=None)
+    if sample is not None:
+        few = price.row_weights(curvatures, sample, held_out=True)
+        some = weight[sample.rows], price.of_rows(curvatures, sample), few
+    tried, prices = _tried(transforms), {}
+    # A sample of the rows says nothing about a rank, which is one of all.
+    for by_rank, (part, known, told) in ((True, (weight, curvatures, rows)), (False, some)):
+        own = [n for n in tried if isinstance(transforms[n], FactorizeLowRank) is by_rank]
+        found = treat(part, moment, [transforms[n] for n in own], told, for_price=True)
+        for n, made in zip(own, found, strict=True):
+            prices[n] = (
+                made
+                if isinstance(made, AttarError)
+                else price.damage(made.dense - part, known, held_out=True)
+            )
     yield from _filled(transforms, prices)
 
 
@@ -383,7 +390,7 @@ def treat_held_out(
 
 
 def _coherence(statistics: Statistics, treatment: str, unit: Unit) -> float:
-    kind = "quantize_feedback" if treatment in FEEDS_BACK else treatment
+    kind = "quantize_feedback" if treatment in FITTED else treatment
     by_unit = statistics.coherence.get(kind, statistics.coherence.get("", {}))
     return by_unit.get(unit.name, 1.0)
 

@@ -25,6 +25,10 @@ LLAMA_TYPES = (
     *("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
 )
 LOW_RANK = 4
+# Bits of each number in a factor, and how many two factors take for each weight: with more bits,
+# integers lose less.
+FACTOR_BITS = 2.75
+FACTORED_BITS = (0.5, 1, 1.5)
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # What engines multiply in integers: one scale for each output channel, no zero point.
 INT8: Treatment = ("quantize_feedback", {"bits": 8, "group_size": 0, "symmetric": True})
@@ -50,7 +54,7 @@ def menu(unit: Unit, build: Build, *, by_worth: bool) -> list[Treatment]:
         fixed: list[Treatment] = [
             ("quantize_feedback", {"bits": bits, "group_size": size}) for bits in FIXED_BITS
         ]
-        return [*coded, *fixed, *_zeroed(unit), KEEP]
+        return [*coded, *fixed, *_factored(unit, build), *_zeroed(unit), KEEP]
     sizes = group_sizes(unit.columns)
     if unit.n_weights > LARGE_WEIGHT:  # one setting of such a weight takes seconds
         sizes = sizes[-1:]
@@ -69,6 +73,16 @@ def _corrected(unit: Unit, size: int, build: Build) -> list[Treatment]:
         for bits in (3, 4)
     ]
     return [one for one in corrected if build(*one).rejects(unit) is None]
+
+
+def _factored(unit: Unit, build: Build) -> list[Treatment]:
+    """Two thin factors in place of a weight, of ranks that make them so small."""
+    per_rank = FACTOR_BITS * (unit.rows + unit.columns)
+    ranks = [max(1, int(bits * unit.n_weights / per_rank)) for bits in FACTORED_BITS]
+    factored: list[Treatment] = [
+        ("factorize_low_rank", {"rank": rank, "bits": FACTOR_BITS}) for rank in ranks
+    ]
+    return [one for one in factored if build(*one).rejects(unit) is None]
 
 
 def llama_menu(unit: Unit, build: Build) -> list[Treatment]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from attar.transform.factorize_low_rank import FactorizeLowRank
 from attar.transform.keep_float import KeepFloat
 from attar.transform.quantize_binary import QuantizeBinary
 from attar.transform.quantize_codebook import QuantizeCodebook
@@ -16,6 +17,7 @@ from attar.transform.zero_n_m import ZeroNM
 from attar.transform.zero_unstructured import ZeroUnstructured
 
 TRANSFORMS: dict[str, type[Any]] = {
+    "factorize_low_rank": FactorizeLowRank,
     "keep_float": KeepFloat,
     "quantize_binary": QuantizeBinary,
     "quantize_codebook": QuantizeCodebook,

@@ -27,6 +27,7 @@ from attar.records import (
 )
 from attar.tables import build
 from attar.transform import TRANSFORMS
+from attar.transform.factorize_low_rank import FactorizeLowRank, factorize_all
 from attar.transform.quantize_entropy import QuantizeEntropy, trials
 from attar.transform.quantize_feedback import QuantizeFeedback, quantize_all
 
@@ -97,10 +98,13 @@ def treat(
     Args:
         for_price: Range-coded integers may miss their bytes by a little, and are not stored.
     """
-    shared: dict[type, Iterator[Replacement]] = {
+    shared: dict[type, Iterator[Replacement | SettingError]] = {
         QuantizeFeedback: quantize_all(
             weight, moment, [t for t in transforms if isinstance(t, QuantizeFeedback)], rows
-        )
+        ),
+        FactorizeLowRank: factorize_all(
+            weight, moment, [t for t in transforms if isinstance(t, FactorizeLowRank)], rows
+        ),
     }
     if for_price:
         shared[QuantizeEntropy] = trials(

@@ -283,6 +283,7 @@ def test_curvature_comes_back_as_small_and_as_shared_as_it_was(tmp_path):
         ("quantize_entropy", {"bits": 3}),
         ("quantize_feedback", {"bits": 3, "group_size": 32}),
         ("quantize_low_rank", {"bits": 3, "group_size": 32, "rank": 2}),
+        ("factorize_low_rank", {"bits": 3, "rank": 43}),
         ("quantize_llama", {"type": "Q4_0"}),
         ("quantize_levels", {"levels": "nf4", "group_size": 32}),
         ("zero_n_m", {"n_kept": 2, "m": 4, "bits": 4}),

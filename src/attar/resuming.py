@@ -32,6 +32,7 @@ from attar.records import Applied, Candidate, Cost, Recipe, Statistics, Unit
 from attar.transform import TRANSFORMS
 from attar.transform.apply import Treated
 from attar.transform.coded import Codes, Factors
+from attar.transform.factorize_low_rank import Product
 
 RUN = "run.json"
 # Without a bearing on what is computed.
@@ -41,7 +42,7 @@ KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(Statistics, Curvatures, Symmetric, Packed, Candidate, Cost),
-        *(Applied, Treated, Unit, Codes, Factors, *TRANSFORMS.values()),
+        *(Applied, Treated, Unit, Codes, Factors, Product, *TRANSFORMS.values()),
     )
 }
 # Names that safetensors has for what tensors hold.

@@ -258,8 +258,8 @@ def decompose(
     """Find the components of a weight in the norm of R and C, of C alone, or of neither."""
     exact = weight.double()
     column_side, row_side = _damped_columns(moment), _damped_rows(rows)
-    root, inverse = _root(column_side if minimise != "weights" else None, weight.shape[1])
-    row_root, row_inverse = _root(row_side if minimise == "price" else None, len(weight))
+    root = _root(column_side if minimise != "weights" else None, weight.shape[1])
+    row_root = _root(row_side if minimise == "price" else None, len(weight))
     whitened = _times(_times(exact, root).T, row_root).T
     # Vectors of the smaller side are enough: the other ones are what is left when they are taken.
     if len(weight) <= weight.shape[1]:
@@ -274,8 +274,8 @@ def decompose(
     return Decomposition(
         exact,
         values,
-        _times(left, row_inverse),
-        _times(right, inverse),
+        _divided(left, row_root),
+        _divided(right, root),
         column_side,
         row_side,
     )
@@ -318,17 +318,22 @@ def _damped_rows(rows: RowWeights | None) -> Float64[Tensor, "..."] | None:
     return (exact + ridge * torch.eye(len(exact), dtype=torch.float64))[None]
 
 
-def _root(side: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """A root L where L Lᵀ is the moment, and its inverse; of a diagonal, diagonals."""
+def _root(side: Tensor | None, length: int) -> Tensor:
+    """A root L where L Lᵀ is the moment; of a diagonal, its diagonal."""
     if side is None:
-        one = torch.ones(length, dtype=torch.float64)
-        return one, one
+        return torch.ones(length, dtype=torch.float64)
     if side.dim() == 1:
-        return side.sqrt(), side.rsqrt()
+        return side.sqrt()
     root: Tensor = torch.linalg.cholesky(side[0])
-    one = torch.eye(length, dtype=torch.float64)
-    inverse: Tensor = torch.linalg.solve_triangular(root, one, upper=False)
-    return root, inverse
+    return root
+
+
+def _divided(part: Tensor, root: Tensor) -> Tensor:
+    """Multiply rows by the inverse of a root."""
+    if root.dim() == 1:
+        return part / root
+    quotient: Tensor = torch.linalg.solve_triangular(root, part, upper=False, left=False)
+    return quotient
 
 
 def _made_whole(part: Float64[Tensor, "rank side"]) -> Float32[Tensor, "rank side"]:

@@ -34,6 +34,8 @@ TRIED = {
     "by_worth": (True,),  # the default is False
     "trellis": (False, True),
     "levels": ("nf4", "fp8", "ternary", "fp4_e3m0"),
+    "score": ("wanda", "magnitude"),
+    "minimise": ("outputs", "weights"),
     "type": ("Q8_0", "Q5_1", "IQ4_NL", "Q3_K", "IQ4_XS"),
 }
 ALL = pytest.mark.parametrize("kind", TRANSFORMS.values(), ids=TRANSFORMS)

@@ -66,7 +66,7 @@ FEEDS_BACK = (
     *("quantize_codebook", "quantize_low_rank", "quantize_outliers", "quantize_binary"),
 )
 # Beside these, what is fitted to statistics in other ways.
-FITTED = (*FEEDS_BACK, "factorize_low_rank")
+FITTED = (*FEEDS_BACK, "factorize_low_rank", "zero_n_m", "zero_unstructured")
 
 
 def price_change(

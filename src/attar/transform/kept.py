@@ -7,7 +7,7 @@ or as symmetric codes with one scale per group of kept values; the last group of
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float16, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,12 +60,23 @@ def store_kept(
     if bits == 16:
         return {"values": to_float(values, torch.float16)}
     n_kept = values.shape[1]
-    short = -n_kept % groups.group_width(n_kept, group_size)
-    padded = F.pad(values, (0, short))
-    importance = None if importance is None else F.pad(importance, (0, short))
-    scale, zero_point = groups.find_scales(padded, bits, group_size, True, importance)
+    scale = scales_of(values, importance, bits, group_size)
+    padded = F.pad(values, (0, -n_kept % groups.group_width(n_kept, group_size)))
+    zero_point = groups.middle_code(scale, bits)
     codes = groups.encode(padded, scale, zero_point, bits, group_size)[:, :n_kept]
     return groups.store(codes.contiguous(), scale, zero_point, bits, symmetric=True)
+
+
+def scales_of(
+    values: Float32[Tensor, "rows n_kept"],
+    importance: Float32[Tensor, "rows n_kept"] | None,
+    bits: int,
+    group_size: int,
+) -> Float16[Tensor, "rows groups"]:
+    """Choose the scale of every group of kept values."""
+    short = (0, -values.shape[1] % groups.group_width(values.shape[1], group_size))
+    spread = None if importance is None else F.pad(importance, short)
+    return groups.find_scales(F.pad(values, short), bits, group_size, True, spread)[0]
 
 
 def load_kept(

@@ -3,13 +3,17 @@
 Stored: for every m columns the number of their pattern in the list of all patterns, in
 ceil(log2(C(m, n_kept))) bits (2:4 has 6 patterns: 3 bits), and the kept values in order of columns.
 
-Source: Mishra et al. 2021, https://arxiv.org/abs/2104.08378 (2:4), with the score of Wanda. We
+For plans written by hand: range-coded integers, whose zeros take little, lose less in equal bytes.
+
+Source: Mishra et al. 2021, https://arxiv.org/abs/2104.08378 (2:4), with the score of SparseGPT
+(Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, section 3.4), of Wanda or of size. We
 differ in two ways: patterns are numbered instead of storing positions, and the kept values may be
-quantized to few bits.
+quantized to few bits whatever the score.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from math import comb
 
@@ -20,7 +24,7 @@ from torch import Tensor
 from attar.kernels import bitpack
 from attar.records import Cost, Replacement, RowWeights, Unit
 from attar.settings import WIDTHS_AND_FLOAT, check_choice, check_group_size
-from attar.transform import groups, kept
+from attar.transform import groups, kept, sparsify
 
 
 @dataclass(frozen=True)
@@ -32,22 +36,26 @@ class ZeroNM:
         m: 2 to 8.
         bits: Width of a stored kept value, 2 to 8, or 16 for float16.
         group_size: Kept values that share one scale; 0 = all of a row.
+        score: What chooses the kept ones: "obs", which compensates, "wanda" or "magnitude".
     """
 
     n_kept: int = 2
     m: int = 4
     bits: int = 4
     group_size: int = 64
+    score: str = "obs"
 
     def __post_init__(self) -> None:
         check_choice("zero_n_m", "m", self.m, range(2, 9), suggestion=4)
         check_choice("zero_n_m", "n_kept", self.n_kept, range(1, self.m), suggestion=self.m // 2)
         check_choice("zero_n_m", "bits", self.bits, WIDTHS_AND_FLOAT, suggestion=4)
         check_group_size("zero_n_m", self.group_size)
+        sparsify.check_score("zero_n_m", self.score)
 
     def label(self) -> str:
         """Name the treatment in few words."""
-        return kept.kept_label(f"{self.n_kept}:{self.m}", self.bits)
+        part = f"{self.n_kept}:{self.m}"
+        return kept.kept_label(part, self.bits) + sparsify.score_label(self.score)
 
     def rejects(self, unit: Unit) -> str | None:
         if unit.columns % self.m:
@@ -70,10 +78,10 @@ class ZeroNM:
         moment: Float[Tensor, "..."] | None,
         rows: RowWeights | None = None,  # noqa: ARG002
     ) -> Replacement:
-        column_weight = groups.column_weights(moment)
-        mask = choose(weight, column_weight, self.n_kept, self.m)
-        values, importance = kept.gather_kept(weight, mask, column_weight)
-        tensors = kept.store_kept(values, importance, self.bits, self.group_size)
+        pattern = (self.n_kept, self.m)
+        choose_most = partial(choose, n_kept=self.n_kept, m=self.m)
+        stored = (self.bits, self.group_size)
+        mask, tensors = sparsify.sparsify(weight, moment, self.score, pattern, choose_most, stored)
         numbers = number_patterns(mask.view(-1, self.m), self.n_kept)
         tensors["patterns"] = bitpack.pack(numbers, self._pattern_bits)
         return Replacement(tensors=tensors, dense=self.decode(tensors, *weight.shape))

@@ -1,13 +1,17 @@
 """Zero the least useful weights of every row, wherever they are; store the rest as codes.
 
 Stored: one bit per weight that says whether it is kept, and the kept values in order of columns.
+For plans written by hand: range-coded integers, whose zeros take little, lose less in equal bytes.
 
-Source: Sun et al. 2023, https://arxiv.org/abs/2306.11695 (Wanda). We differ in one way: the kept
-values may be quantized to few bits.
+Source: Frantar and Alistarh 2023, SparseGPT, https://arxiv.org/abs/2301.00774 (`score: obs`, with
+rounding in the same pass, section 3.5), and Sun et al. 2023, https://arxiv.org/abs/2306.11695
+(`wanda`). We differ in three ways: the same number is kept in every row; kept values may be
+quantized to few bits whatever the score; and scales are fitted to what compensation made of them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +25,7 @@ from attar.settings import (
     check_fraction,
     check_group_size,
 )
-from attar.transform import groups, kept
+from attar.transform import groups, kept, sparsify
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,24 @@ class ZeroUnstructured:
         kept_fraction: Of each row's weights, between 0 and 1; rounded to whole weights, at least 1.
         bits: Width of a stored kept value, 2 to 8, or 16 for float16.
         group_size: Kept values that share one scale; 0 = all of a row.
+        score: What chooses the kept ones: "obs", which compensates, "wanda" or "magnitude".
     """
 
     kept_fraction: float = 0.5
     bits: int = 4
     group_size: int = 64
+    score: str = "obs"
 
     def __post_init__(self) -> None:
         check_fraction("zero_unstructured", "kept_fraction", self.kept_fraction)
         check_choice("zero_unstructured", "bits", self.bits, WIDTHS_AND_FLOAT, suggestion=4)
         check_group_size("zero_unstructured", self.group_size)
+        sparsify.check_score("zero_unstructured", self.score)
 
     def label(self) -> str:
         """Name the treatment in few words."""
-        return kept.kept_label(f"{100 * self.kept_fraction:g}%", self.bits)
+        part = f"{100 * self.kept_fraction:g}%"
+        return kept.kept_label(part, self.bits) + sparsify.score_label(self.score)
 
     def rejects(self, unit: Unit) -> str | None:
         if self._n_kept(unit.columns) == unit.columns:
@@ -65,10 +73,11 @@ class ZeroUnstructured:
         moment: Float[Tensor, "..."] | None,
         rows: RowWeights | None = None,  # noqa: ARG002
     ) -> Replacement:
-        column_weight = groups.column_weights(moment)
-        mask = choose(weight, column_weight, self._n_kept(weight.shape[1]))
-        values, importance = kept.gather_kept(weight, mask, column_weight)
-        tensors = kept.store_kept(values, importance, self.bits, self.group_size)
+        columns = weight.shape[1]
+        pattern = (self._n_kept(columns), columns)
+        choose_most = partial(choose, n_kept=pattern[0])
+        stored = (self.bits, self.group_size)
+        mask, tensors = sparsify.sparsify(weight, moment, self.score, pattern, choose_most, stored)
         tensors["mask"] = bitpack.pack(mask.flatten().view(torch.uint8), bits=1)
         return Replacement(tensors=tensors, dense=self.decode(tensors, *weight.shape))
 

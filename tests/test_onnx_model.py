@@ -187,8 +187,15 @@ def floats(unit):
     return "keep_float", {"bits": 16}, ()
 
 
+def thin(unit):
+    rank = unit.n_weights * 2 // 3 // (unit.rows + unit.columns)
+    if unit.groups > 1 or rank < 1:
+        return floats(unit)
+    return "factorize_low_rank", {"rank": rank, "bits": 16}, ()
+
+
 @EACH
-@pytest.mark.parametrize("treat", [static, dynamic, rows, weights_only, four_bits, floats])
+@pytest.mark.parametrize("treat", [static, dynamic, rows, weights_only, four_bits, floats, thin])
 def test_onnxruntime_gives_the_numbers_that_were_priced(model, treat):
     batch = inputs_of(model)
     theirs, ours, _ = both_answers(model, *treated_as(model, treat), batch)
@@ -197,6 +204,22 @@ def test_onnxruntime_gives_the_numbers_that_were_priced(model, treat):
     # take the other one. A wrong scale or layout would be off by as much as the treatment, or more.
     treatment = float((ours - exact).norm())
     assert float((theirs - ours).norm()) < max(0.5 * treatment, 1e-4 * float(exact.norm()))
+
+
+@EACH
+def test_a_factored_weight_is_two_products_that_hold_and_do_less(model):
+    choices, treated = treated_as(model, thin)
+    _, _, proto = both_answers(model, choices, treated, inputs_of(model, 1))
+    held = {one.name: tuple(one.dims) for one in proto.graph.initializer}
+    factored = [one for one in treated.values() if "middle" in one.tensors]
+    assert len(factored) >= 3
+    for one in factored:
+        name, rank = one.unit.name, one.transform.rank
+        sizes = [int(np.prod(held[f"{name}/{part}/weight"])) for part in ("left", "right")]
+        assert sizes == [rank * one.unit.rows, rank * one.unit.columns]
+        assert sum(sizes) < one.unit.n_weights
+    reads = [node.op_type for node in proto.graph.node if "/scaled" in "".join(node.input)]
+    assert len(reads) >= len(factored)
 
 
 def ran(model, content):

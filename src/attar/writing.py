@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from attar.errors import PlanError, SettingError
 from attar.export import attar_folder, gguf_model, onnx_model
+from attar.export.onnx_factors import Factored
 from attar.export.onnx_graph import FloatGraph, float_graph, forget
 from attar.export.onnx_graph import readers as readers_of
 from attar.export.onnx_nodes import Codes, Stored
 from attar.load.folder import VERSION
 from attar.transform import groups
 from attar.transform.apply import biases
+from attar.transform.factorize_low_rank import FactorizeLowRank
 from attar.transform.keep_float import KeepFloat
 from attar.transform.llama_blocks import TYPES
 from attar.transform.quantize_feedback import QuantizeFeedback
@@ -156,7 +158,7 @@ def is_int8(choice: Candidate) -> bool:
 
 
 def _onnx(
-    session: Session, units: Mapping[str, Stored], moved: Mapping[str, Tensor]
+    session: Session, units: Mapping[str, Stored | Factored], moved: Mapping[str, Tensor]
 ) -> dict[str, bytes]:
     about = _about_model(session)
     known = ("model", "origin", "licence", "task", "config")
@@ -165,7 +167,7 @@ def _onnx(
     return onnx_model.file_contents(_graph(session), units, files, described, moved)
 
 
-def _for_onnx(treated: Treated, choice: Candidate) -> Stored:
+def _for_onnx(treated: Treated, choice: Candidate) -> Stored | Factored:
     unit, transform = treated.unit, treated.transform
     rounds = choice.input is not None or choice.output is not None
     if rounds and not (is_int8(choice) and "embedding" not in unit.uses):
@@ -181,6 +183,9 @@ def _for_onnx(treated: Treated, choice: Candidate) -> Stored:
         )
     if isinstance(transform, KeepFloat) and not transform.bfloat16:
         return Stored(unit, treated.tensors["weight"])
+    if isinstance(transform, FactorizeLowRank) and transform.bits == KeepFloat.bits:
+        names = ("left_weight", "middle", "right_weight")
+        return Factored(unit, *(treated.tensors[name] for name in names))
     if isinstance(transform, QuantizeFeedback | QuantizeRtn) and transform.bits in (4, 8):
         bits, symmetric = transform.bits, transform.symmetric
         size = (unit.rows, unit.columns, transform.group_size)
@@ -189,7 +194,8 @@ def _for_onnx(treated: Treated, choice: Candidate) -> Stored:
         return Stored(unit, weight, choice.input, choice.output)
     raise PlanError(
         f"{unit.name} has a treatment that ONNX has no operators for.",
-        hint="give it quantize_feedback with 4 or 8 bits, or keep_float, or leave --to out.",
+        hint="give it quantize_feedback with 4 or 8 bits, factorize_low_rank with 16, or "
+        "keep_float, or leave --to out.",
     )
 
 

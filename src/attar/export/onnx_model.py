@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from attar.errors import ModelError
+from attar.export import onnx_factors
+from attar.export.onnx_factors import Factored
 from attar.export.onnx_graph import FloatGraph
 from attar.export.onnx_nodes import Stored, Writer
 from attar.onnx_names import FILE, METADATA, TASKS
@@ -37,7 +39,7 @@ def check_model(task: str, name: str) -> None:
 
 def file_contents(
     made: FloatGraph,
-    units: Mapping[str, Stored],
+    units: Mapping[str, Stored | Factored],
     files: Mapping[str, bytes],
     description: Mapping[str, Any],
     biases: Mapping[str, Tensor] = NOT_MOVED,
@@ -66,10 +68,13 @@ def file_contents(
     del model.graph.node[:]
     writer = Writer(model.graph)
     for number, node in enumerate(nodes):
-        if number in reading_at:
-            writer.read(node, *reading_at[number])
-        else:
+        stored, reading = reading_at.get(number, (None, None))
+        if stored is None or reading is None:
             writer.add(node)
+        elif isinstance(stored, Factored):
+            onnx_factors.multiply(writer, node, stored, reading)
+        else:
+            writer.read(node, stored, reading)
     used = {name for node in model.graph.node for name in node.input}
     kept = [one for one in model.graph.initializer if one.name in used]
     del model.graph.initializer[:]

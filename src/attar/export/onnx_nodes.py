@@ -80,6 +80,10 @@ class Writer:
         """Add a node as it is."""
         self._graph.node.append(node)
 
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """Hold a tensor under this name, once."""
+        return self._tensor(name, values)
+
     def read(self, node: Any, stored: Stored, reading: Reading) -> None:
         """Add the node that reads a unit's weight, with all that it needs."""
         if node.op_type == "Gather":
@@ -88,7 +92,7 @@ class Writer:
         if stored.input is None or stored.input.scale is not None:
             self._multiply(node, stored, reading.transposed)
         elif node.op_type == "Gemm":
-            product, after = _as_product(node, stored, reading)
+            product, after = as_product(node, stored.unit, reading)
             self._multiply_integers(product, stored, True)
             self._graph.node.extend(after)
         else:
@@ -339,7 +343,7 @@ def _type(signed: bool) -> Any:
     return np.int8 if signed else np.uint8
 
 
-def _as_product(node: Any, stored: Stored, reading: Reading) -> tuple[Any, list[Any]]:
+def as_product(node: Any, unit: Unit, reading: Reading) -> tuple[Any, list[Any]]:
     """Write a Gemm as MatMul and, where it has a bias, Add."""
     from onnx import helper
 
@@ -347,9 +351,7 @@ def _as_product(node: Any, stored: Stored, reading: Reading) -> tuple[Any, list[
     by_rows = bool(given.get("transB", 0)) != reading.transposed
     plain = given.get("alpha", 1.0) == 1 and given.get("beta", 1.0) == 1 and not given.get("transA")
     if not plain or not by_rows:
-        raise ModelError(
-            f"the graph reads {stored.unit.name} in a way that is not known.", hint=_UNKNOWN
-        )
+        raise ModelError(f"the graph reads {unit.name} in a way that is not known.", hint=_UNKNOWN)
     if len(node.input) < 3:
         return helper.make_node("MatMul", list(node.input), list(node.output)), []
     product = f"{node.output[0]}/product"

@@ -12,9 +12,9 @@ right one has become, and rounded by how its own errors count: columns of it are
 and hang together by R.
 
 Where it pays: queries and keys of transformers below two bits per weight, and most maps below one;
-an embedding's rank is priced by how often its tokens occur, which R holds. Read back, the product
-is multiplied out, so that only the file is smaller; an engine that multiplies by one factor after
-the other also computes less, which is what `cost` counts.
+an embedding's rank is priced by how often its tokens occur, which R holds. Attar's own folder is
+read back to the whole weight, so that only the file is smaller. With `bits: 16`, `--to onnx` writes
+two products, and the engine also computes less (`export/onnx_factors.py`): what `cost` counts.
 
 Source: the norm is that of SVD-LLM (Wang et al. 2024, https://arxiv.org/abs/2403.07378, section
 3.1), which whitens by C alone; with R on the other side it is the price. `minimise: outputs` is

@@ -52,12 +52,13 @@ def with_attribution(
     with session.timed("attribute"):
         _check_alike(session, other)
         changes = _changes(session, _folded(other))
-        batches = _batches(session, verdict)
-        there = _measured(session, changes, batches)
+        batches, once = _batches(session, verdict), session.finished.once
+        there = once("changes", partial(_measured, session, changes, batches))
         now = there.mean_divergence
         counts = np.bincount(there.sample, minlength=_n_samples(batches))
-        shares = _shares(session, changes, batches, now * int(counts.sum()))
-        returned = _returned(session, changes, batches, int(counts.sum()))
+        whole = int(counts.sum())
+        shares = once("shares", partial(_shares, session, changes, batches, now * whole))
+        returned = once("returned", partial(_returned, session, changes, batches, whole))
         found = [
             replace(
                 _responsible(session, session.units.named(name), own, counts, now, returned[name]),
@@ -317,13 +318,22 @@ def _halved(
     units: Sequence[str],
 ) -> float:
     """Measure what halving the errors of some units returns."""
+    return session.finished.once(
+        f"halved {' '.join(units)}",
+        lambda: now - _measured_halved(session, changes, batches, units).mean_divergence,
+    )
+
+
+def _measured_halved(
+    session: Session, changes: Changes, batches: Sequence[Batch], units: Sequence[str]
+) -> Measured:
     names = {f"{unit}.weight" for unit in units}
     names |= {bias for unit in units if (bias := session.units.named(unit).bias)}
     halved = {
         name: partial(_half, change) if name in names else change
         for name, change in changes.items()
     }
-    return now - _measured(session, halved, batches).mean_divergence
+    return _measured(session, halved, batches)
 
 
 def _half(change: Callable[[], Tensor]) -> Tensor:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from attar import attributing, behaving, corrupting, drifting, judging, serving
 from attar.audit.fidelity import Measured
 from attar.audit.policy import Policy, with_policy
-from attar.records import Behaviours, Progress, Recipe, Report
-from attar.session import open_model, open_recipe
+from attar.disk import dense
+from attar.parallel import one_thread
+from attar.records import Behaviours, Model, Progress, Recipe, Report
+from attar.session import Session, open_model, open_recipe, tensors_hash
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,31 @@ class Auditor:
         self._wishes = wishes
         self._reference = None if wishes.reference is None else open_model(wishes.reference)
 
+    @contextmanager
+    def keeping(self, out: Path | None) -> Iterator[None]:
+        """Keep what is finished beside `out`, and go on from what is kept there; see `resuming`.
+
+        What is asked for is not in the key: a step is named by all it depends on, so that what is
+        asked for in addition goes on from what is there.
+        """
+        if out is None:
+            yield
+            return
+        whole, data = self.session, self.session.data
+        also = {
+            "original": model_hash(whole.model, Path(whole.recipe.model)),
+            "audit data": tensors_hash(data.audit),
+            "true answers": list(data.answers),
+            "labels": list(data.audit_slices),
+        }
+        with whole.keeping(out, also) as self.session:
+            yield
+        self.session = whole
+
     def against(self, compressed: Recipe) -> tuple[Report, Measured]:
         """Open one compressed model, and compare."""
-        session, wishes, other = self.session, self._wishes, open_model(compressed)
+        wishes, other = self._wishes, open_model(compressed)
+        session = _about(self.session, other, Path(compressed.model))
         if wishes.drift:
             drifting.check_models(session, other, self._reference)
         verdict, measured = judging.compare_models(session, other)
@@ -64,8 +93,41 @@ class Auditor:
             treatments = attributing.treatments_of(Path(compressed.model))
             verdict = attributing.with_attribution(session, other, verdict, treatments)
         if wishes.drift:
+            if wishes.reference is not None and self._reference is not None:
+                session = _about(session, self._reference, Path(wishes.reference.model))
             verdict = drifting.with_drift(session, other, verdict, self._reference)
         report = serving.audit_report(session, other, verdict, Path(compressed.model))
         if wishes.policy is not None:
             verdict = with_policy(verdict, wishes.policy, report.bytes_after)
         return replace(report, verdict=verdict), measured
+
+
+def _about(session: Session, model: Model, path: Path) -> Session:
+    """Name steps by a model too, where they are kept."""
+    finished = session.finished
+    if finished.folder is None:
+        return session
+    return replace(session, finished=finished.within(model_hash(model, path)))
+
+
+def model_hash(model: Model, path: Path) -> str:
+    """sha256 of all that an audit may see of a model.
+
+    Its numbers, what it answers, the files that travel with it, and of a graph, which holds its
+    numbers where nobody sees them, the files at `path`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.module.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(dense(tensor).contiguous().flatten().view(torch.uint8).numpy().data)
+    with one_thread(), torch.no_grad():
+        answers = model.task.forward(model.module, model.examples)
+    digest.update(tensors_hash([{"answers": answers}]).encode())
+    for name, content in sorted(model.files.items()):
+        digest.update(name.encode() + hashlib.sha256(content).digest())
+    if model.architecture.builder == "onnx":
+        for file in (path, path.with_suffix(".bin")):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

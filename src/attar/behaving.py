@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attar.audit.choices import compare_choices, log_likelihoods, rows_of
+from attar.audit.choices import Row, compare_choices, log_likelihoods, rows_of
 from attar.audit.generation import compare_continuations, earliest
 from attar.decode import continue_greedily, language_step
 from attar.errors import DataError
@@ -108,8 +111,13 @@ def _generation(session: Session, other: Model, count: int, typed: Sequence[str]
     prompts = _typed(typed, tokenizer) if typed else _openings(session, count)
     ends = end_tokens(session.model, tokenizer)
     n_known = tokenizer.get_vocab_size()
+    about = f"prompts {_digest(prompts)}"
     before, after = (
-        _continued(session, model, prompts, ends, n_known) for model in (session.model, other)
+        session.finished.once(
+            f"{about} continued by {role}",
+            partial(_continued, session, model, prompts, ends, n_known),
+        )
+        for role, model in (("original", session.model), ("compressed", other))
     )
     return compare_continuations(
         before,
@@ -190,12 +198,27 @@ def _choices(
     rows = [rows_of(item, encode, lead, begin) for item in items]
     flat = [row for own in rows for row in own]
     cuts = np.cumsum([len(own) for own in rows])[:-1]
-    sides = []
-    for model in (session.model, other):
-        with session.progress.stage(f"questions to {model.name}", len(flat)) as advance:
-            found = log_likelihoods(_reader(model), flat, advance)
-        sides.append(np.split(found, cuts))
-    return compare_choices(name, items, sides[0], sides[1], session.recipe.seed)
+    about = f"questions {_digest(flat)}"
+    before, after = (
+        np.split(
+            session.finished.once(
+                f"{about} answered by {role}", partial(_answered, session, model, flat)
+            ),
+            cuts,
+        )
+        for role, model in (("original", session.model), ("compressed", other))
+    )
+    return compare_choices(name, items, before, after, session.recipe.seed)
+
+
+def _answered(session: Session, model: Model, rows: Sequence[Row]) -> np.ndarray:
+    with session.progress.stage(f"questions to {model.name}", len(rows)) as advance:
+        return log_likelihoods(_reader(model), rows, advance)
+
+
+def _digest(asked: object) -> str:
+    """Tell what models were asked from anything else, in few letters."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

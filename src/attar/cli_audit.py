@@ -38,6 +38,7 @@ from attar.options import (
     Recovery,
     Reference,
     ReportFolder,
+    Restart,
     Seed,
     Sign,
     Signer,
@@ -83,6 +84,7 @@ def audit_command(
     prompts: Prompts = None,
     choices: ChoiceFiles = None,
     signer: Signer = None,
+    restart: Restart = False,
 ) -> int:
     """Compare any models, whoever compressed; or check a bundle: attar audit verify FILE."""
     if original == "verify":
@@ -109,8 +111,8 @@ def audit_command(
         corruptions,
     )
     if len(others) > 1:
-        return _audit_all(first, others, wishes, json_file, report)
-    return _audit_one(first, others[0], wishes, json_file, report, junit, (evidence, sign))
+        return _audit_all(first, others, wishes, json_file, report, restart)
+    return _audit_one(first, others[0], wishes, json_file, report, junit, (evidence, sign), restart)
 
 
 def _audit_one(
@@ -121,6 +123,7 @@ def _audit_one(
     report: Path | None,
     junit: Path | None,
     evidence: tuple[Path | None, Path | None],
+    restart: bool,
 ) -> int:
     """Do what `attar audit` does with one compressed model."""
     from attar import pipeline, serving
@@ -130,7 +133,14 @@ def _audit_one(
     from attar.report.terminal import audit_to_text
 
     with open_progress() as progress:
-        found = pipeline.audit(original, compressed, wishes, progress=progress)
+        found = pipeline.audit(
+            original,
+            compressed,
+            wishes,
+            out=report or json_file or junit or evidence[0],
+            restart=restart,
+            progress=progress,
+        )
     show(audit_to_text(found.verdict, **screen()))
     if json_file is not None:
         write_json(json_file, jsonable(verdict_to_json(found.verdict), "", []))
@@ -150,6 +160,7 @@ def _audit_all(
     wishes: Wishes,
     json_file: Path | None,
     report: Path | None,
+    restart: bool,
 ) -> int:
     """Do what `attar audit` does with several; the exit code is that of the worst verdict."""
     from attar import comparing, pipeline
@@ -160,7 +171,14 @@ def _audit_all(
     )
 
     with open_progress() as progress:
-        found = pipeline.audit_all(original, compressed, wishes, progress=progress)
+        found = pipeline.audit_all(
+            original,
+            compressed,
+            wishes,
+            out=report or json_file,
+            restart=restart,
+            progress=progress,
+        )
     show(population_to_text(found, **screen()))
     if json_file is not None:
         write_json(json_file, population_to_json(found))

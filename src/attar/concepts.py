@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -62,6 +63,13 @@ class Met:
 
 def find_places(session: Session, original: Explained) -> list[Place]:
     """Learn what is met half-way through the network and where its answer is read from."""
+    found = session.finished.once(
+        "concepts", lambda: [tuple(vars(one).values()) for one in _places(session, original)]
+    )
+    return [Place(*one) for one in found]
+
+
+def _places(session: Session, original: Explained) -> list[Place]:
     units = [unit for unit in session.units if _is_place(unit)]
     chosen = {unit.name: unit for unit in (units[len(units) // 2 :][:1] + units[-1:])}
     found = []
@@ -91,14 +99,22 @@ def met(session: Session, places: Sequence[Place], role: str, model: Explained) 
         if (weight := theirs.get(f"{place.unit.name}.weight")) is not None
         and weight.shape[1] == place.unit.shape[1]
     }
+    after = session.finished.once(
+        f"concepts of {role}", partial(_strengths, session, places, model, same)
+    )
+    return Met(role, model.name, after)
+
+
+def _strengths(
+    session: Session, places: Sequence[Place], model: Explained, same: Mapping[str, Unit]
+) -> tuple[np.ndarray | None, ...]:
     found = _vectors(session, model, same)
-    after = tuple(
+    return tuple(
         place.dictionary.strengths(found[place.unit.name].values)
         if place.unit.name in found and found[place.unit.name].where == place.where
         else None
         for place in places
     )
-    return Met(role, model.name, after)
 
 
 def compared(session: Session, places: Sequence[Place], models: Sequence[Met]) -> list[Concepts]:

@@ -62,8 +62,12 @@ def with_corruptions(session: Session, other: Model, verdict: Verdict) -> Verdic
         matched, batches = match(session, other), _batches(session)
         found, p_values = [], []
         for (name, strength), corrupt in _corruptions(session, batches):
-            corrupted = [corrupt(batch, number) for number, batch in enumerate(batches)]
-            measured = _measured(session, other, matched, corrupted, f"{name}, {strength}")
+            measured = session.finished.once(
+                f"corruption {name}, {strength}",
+                partial(
+                    _measured, session, other, matched, batches, corrupt, f"{name}, {strength}"
+                ),
+            )
             if not np.isfinite(measured.divergence).all():
                 note = f"with {name} ({strength}) it answers NaN or infinity"
                 verdict = replace(verdict, notes=(*verdict.notes, note))
@@ -88,8 +92,15 @@ def _batches(session: Session) -> list[Batch]:
 
 
 def _measured(
-    session: Session, other: Model, matched: Matched, batches: Sequence[Batch], stage: str
+    session: Session,
+    other: Model,
+    matched: Matched,
+    batches: Sequence[Batch],
+    corrupt: Corrupt,
+    stage: str,
 ) -> Measured:
+    """Compare both on the corrupted batches."""
+    batches = [corrupt(batch, number) for number, batch in enumerate(batches)]
     found = measure(
         matched.before(session.model),
         matched.after(other),

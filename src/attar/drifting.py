@@ -118,13 +118,13 @@ def with_drift(
         module = fold_batch_norm(other.module, other.examples, other.task.forward)[0]
         compressed = Explained(other.name, session.model.task, module.requires_grad_(False))
         predictions, share_changed = choose(session, compressed.module)
-        before = _explained(session, _original(session), predictions)
+        before = _explained(session, _original(session), predictions, "original")
         changed = np.array([one.changed for one in predictions])
         rows, after = [], before
         places = concepts.find_places(session, _original(session))
         met = []
         for role, model in _models(session, compressed, reference):
-            found = _explained(session, model, predictions)
+            found = _explained(session, model, predictions, role)
             pairs = _compared(session, before, found)
             rows.append(_row(role, model.name, pairs, changed, share_changed, session.recipe.seed))
             if role == "compressed":
@@ -136,7 +136,9 @@ def with_drift(
             n_stayed=int((~changed).sum()),
             n_changed=int(changed.sum()) if session.model.task.family == "categorical" else None,
             share_changed=share_changed,
-            completeness_gap=_gap(session, predictions, before),
+            completeness_gap=session.finished.once(
+                "completeness", partial(_gap, session, predictions, before)
+            ),
             rows=tuple(rows),
             units=_units(session, compressed, predictions),
             shown=_shown(session, predictions, before, after),
@@ -192,10 +194,10 @@ def _shuffled(session: Session, unit: Unit, seeds: Mapping[str, int]) -> Tensor:
 
 
 def _explained(
-    session: Session, model: Explained, predictions: Sequence[Prediction]
+    session: Session, model: Explained, predictions: Sequence[Prediction], role: str
 ) -> list[np.ndarray]:
     """Explain each prediction; pictures as a map, summed over their channels."""
-    way = way_of(session)
+    way, once = way_of(session), session.finished.once
 
     def explain(one: Prediction) -> np.ndarray:
         parts = integrated_gradients(model, one.inputs, one.asked, way).double()
@@ -213,7 +215,11 @@ def _explained(
 
     found = []
     with session.progress.stage(f"explain {model.name}", len(predictions)) as advance:
-        for one in in_order(explain, predictions):
+        steps = [
+            partial(once, f"prediction {number} explained by {role}", partial(explain, one))
+            for number, one in enumerate(predictions)
+        ]
+        for one in in_order(lambda step: step(), steps):
             found.append(one)
             advance(1)
     return found
@@ -270,12 +276,19 @@ def _units(
             "the compressed model: shares of relevance leave them out."
         )
     shares = []
-    for model in (_original(session), compressed):
-        work = partial(_relevance_of, model, names)
-        sums = np.array(list(in_order(work, predictions))).sum(0)
+    for role, model in (("original", _original(session)), ("compressed", compressed)):
+        make = partial(_relevance, model, names, predictions)
+        sums = session.finished.once(f"relevance of units in the {role}", make)
         shares.append(sums / sums.sum() if sums.any() else sums)
     found = [UnitShare(n, float(b), float(a)) for n, b, a in zip(names, *shares, strict=True)]
     return tuple(sorted(found, key=lambda one: one.after - one.before))
+
+
+def _relevance(
+    model: Explained, names: Sequence[str], predictions: Sequence[Prediction]
+) -> np.ndarray:
+    found = np.array(list(in_order(partial(_relevance_of, model, names), predictions)))
+    return np.asarray(found.sum(0))
 
 
 def _relevance_of(model: Explained, names: Sequence[str], one: Prediction) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
-from attar.audit.fidelity import Measured, measure
+from attar.audit.fidelity import Keep, Measured, measure, measure_for_report
 from attar.audit.not_finite import first_not_finite
 from attar.audit.policy import Policy, read_policy
 from attar.audit.verdict import judge, with_details
@@ -160,7 +160,7 @@ def compare_models(session: Session, other: Model) -> tuple[Verdict, Measured]:
     """
     matched = match(session, other)
     with session.timed("audit"):
-        measured = _measure(session, other, matched)
+        measured = _measure(session, other, matched, session.finished.once)
         verdict = judge(
             measured,
             family=session.divergence.family,
@@ -196,17 +196,19 @@ def _tokenizer_blamed(
     return replace(verdict, reasons=(reason, *verdict.reasons))
 
 
-def _measure(session: Session, other: Model, matched: Matched = EVERYTHING) -> Measured:
+def _measure(
+    session: Session, other: Model, matched: Matched = EVERYTHING, keep: Keep | None = None
+) -> Measured:
     """Run both on the audit data; answers are numbered as the original's."""
     data = session.data
-    found = measure(
+    found = measure_for_report(
         matched.before(session.model),
         matched.after(other),
         data.audit,
         session.divergence,
         progress=session.progress,
         answers=matched.answers(data.answers),
-        closely=True,
+        keep=keep,
     )
     return matched.in_places(found)
 

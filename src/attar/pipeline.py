@@ -267,10 +267,21 @@ def audit(
     compressed: Recipe,
     wishes: Wishes = NOTHING_MORE,
     *,
+    out: Path | None = None,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare any two models that answer the same question, on the first one's audit data."""
-    return Auditor(original, wishes, progress).against(compressed)[0]
+    """Compare any two models that answer the same question, on the first one's audit data.
+
+    Args:
+        out: What will be written; what is finished is kept beside it meanwhile.
+        restart: Do again what an earlier run that was killed has finished.
+    """
+    if out is not None and restart:
+        discard(out)
+    auditor = Auditor(original, wishes, progress)
+    with auditor.keeping(out):
+        return auditor.against(compressed)[0]
 
 
 def audit_all(
@@ -278,10 +289,15 @@ def audit_all(
     compressed: Sequence[Recipe],
     wishes: Wishes = NOTHING_MORE,
     *,
+    out: Path | None = None,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Population:
     """Compare several models with one original, each as `audit` does, and find what all forget."""
+    if out is not None and restart:
+        discard(out)
     auditor = Auditor(original, wishes, progress)
-    reports, measured = zip(*(auditor.against(one) for one in compressed), strict=True)
+    with auditor.keeping(out):
+        reports, measured = zip(*(auditor.against(one) for one in compressed), strict=True)
     names = [one.model for one in compressed]
     return comparing.population(auditor.session, names, reports, measured)

@@ -20,12 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from attar.audit.fidelity import Measured
 from attar.environment import environment
 from attar.errors import OutputError, Terminated, WorkerError
+from attar.explain.dictionary import Dictionary
 from attar.explain.statistics import Curvatures
 from attar.kernels.symmetric import Packed, Symmetric
 from attar.records import Applied, Candidate, Cost, Recipe, Statistics, Unit
@@ -43,6 +46,7 @@ KINDS: dict[str, type] = {
     for kind in (
         *(Statistics, Curvatures, Symmetric, Packed, Candidate, Cost),
         *(Applied, Treated, Unit, Codes, Factors, Product, *TRANSFORMS.values()),
+        *(Measured, Dictionary),
     )
 }
 # Names that safetensors has for what tensors hold.
@@ -69,10 +73,18 @@ class Finished:
     Attributes:
         folder: None where nothing is kept.
         tell: Is given a line when keeping is given up, because the disk is full.
+        about: Stands before the name of every step.
+        whole: What this is a part of, where it is one.
     """
 
     folder: Path | None = None
     tell: Callable[[str], None] = lambda _line: None
+    about: str = ""
+    whole: Finished | None = None
+
+    def within(self, about: str) -> Finished:
+        """Steps of one part of the run, which may be called as those of another are."""
+        return Finished(self.folder, self.tell, f"{self.about}{about}: ", self)
 
     def once(self, step: str, make: Callable[[], Result]) -> Result:
         """Take what an earlier run made of a step, or make and keep it.
@@ -86,6 +98,7 @@ class Finished:
         folder = self.folder
         if folder is None:
             return make()
+        step = self.about + step
         path = folder / f"{hashlib.sha256(step.encode()).hexdigest()[:32]}.safetensors"
         if path.exists():
             found: Result = _read(path)
@@ -99,10 +112,12 @@ class Finished:
 
     def give_up(self, error: OSError) -> None:
         """Keep nothing: the result itself needs the room."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder = None
-        self.tell(f"what is finished is not kept: {error.strerror or error}")
+        folder, self.folder = self.folder, None
+        if self.whole is not None:
+            self.whole.give_up(error)
+        elif folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.tell(f"what is finished is not kept: {error.strerror or error}")
 
     @property
     def count(self) -> int:
@@ -241,6 +256,8 @@ def _write(path: Path, step: str, value: Any) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    if not tensor.numel():  # its stride may be 0, which has no view
+        return memoryview(b"")
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
@@ -289,6 +306,10 @@ def _to_plain(value: Any, content: _Content, seen: dict[int, Any]) -> Any:
         if not value.is_contiguous():  # in another order in memory it might give other sums
             plain["stride"] = list(value.stride())
         return plain
+    if isinstance(value, np.ndarray):
+        # A copy in the same layout: torch warns of arrays that may not be written to.
+        seen[id(value)] = {"array": inner(torch.from_numpy(np.array(value, order="K")))}
+        return seen[id(value)]
     kind = type(value).__name__
     assert KINDS.get(kind) is type(value), kind
     content.records.append([kind, {key: inner(one) for key, one in vars(value).items()}])
@@ -305,6 +326,8 @@ def _from_plain(plain: Any, content: _Content, made: dict[int, Any]) -> Any:
 
     if "tensor" in plain:
         return _laid_out(content.tensors, plain["tensor"], plain.get("stride"))
+    if "array" in plain:
+        return inner(plain["array"]).numpy()
     if "dict" in plain:
         return {key: inner(one) for key, one in plain["dict"]}
     if "list" in plain:

@@ -161,12 +161,16 @@ class Session:
             pass
 
     @contextmanager
-    def keeping(self, out: Path | None) -> Iterator[Session]:
-        """Keep what is finished beside `out`, and go on from what is kept there; see `resuming`."""
+    def keeping(self, out: Path | None, more: Mapping[str, Any] | None = None) -> Iterator[Session]:
+        """Keep what is finished beside `out`, and go on from what is kept there; see `resuming`.
+
+        Args:
+            more: What must be the same too, for a finished step to be of use.
+        """
         if out is None:
             yield self
             return
-        with keeping(out, self._key(), self.tell) as finished:
+        with keeping(out, self._key() | dict(more or {}), self.tell) as finished:
             yield replace(self, finished=finished)
 
     def _key(self) -> dict[str, Any]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from attar.audit.blind import Blind, Sums
 from attar.divergence import Divergence, predictions_mask
 from attar.errors import DataError
 from attar.parallel import in_order
@@ -27,8 +30,14 @@ DRAWN_AT_ONCE = 2**21  # 16 MB of places: of 60,000 questions all at once they w
 TEMPERATURES = tuple(2.0 ** (k / 16) for k in range(-24, 25))
 TEMPERED_NUMBERS, TEMPERED_AT_LEAST = 2**25, 256
 
+# Batches that are finished, and kept, together: more would be done again after a kill, and fewer
+# cost more, since what all answers sum to is kept with each.
+KEPT_TOGETHER = 32
+
 Forward = Callable[[Batch], Tensor]
 """A batch to outputs, `samples predictions width`."""
+Keep = Callable[[str, Callable[[], Any]], Any]
+"""The name of a step and what makes it, to what it makes or an earlier run has made."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +108,80 @@ def measure(
         answers: True class of each sample, -1 where it is not known; or empty.
         closely: Also Jensen and Shannon's divergence, and other temperatures: for a report.
     """
-    starts = list(accumulate((_samples(batch) for batch in batches), initial=0))[:-1]
-
-    def compare(number: int) -> tuple[list[dict[str, np.ndarray]], _Blind]:
-        blind, batch = _Blind(divergence), batches[number]
-        with torch.no_grad():
-            before = model.task.forward(model.module, batch)
-            after = compressed(batch)
-            truth = _true_answers(model, batch, before, answers[starts[number] :])
-            every = _tried_every(batches, before) if closely else 0
-            return list(_compare(batch, before, after, truth, divergence, blind, every)), blind
-
-    blind, parts = _Blind(divergence), []
+    comparison = _Comparison(model, compressed, batches, divergence, answers, closely)
     with progress.stage(stage, len(batches)) as advance:
-        for found, seen in in_order(compare, range(len(batches))):
-            parts.append(found)
-            blind.join(seen)
-            advance(1)
-    return Measured(
-        **_joined(starts, parts), blind_divergence=blind.mean(), entropy=blind.entropy()
-    )
+        return comparison.measured(len(batches), _at_once, advance)
+
+
+def measure_for_report(
+    model: Model,
+    compressed: Forward,
+    batches: Sequence[Batch],
+    divergence: Divergence,
+    *,
+    progress: Progress,
+    answers: Sequence[int] = (),
+    keep: Keep | None = None,
+) -> Measured:
+    """Do what `measure` does closely.
+
+    Args:
+        keep: Keeps what is finished, some batches at a time; None where nothing is kept.
+    """
+    comparison = _Comparison(model, compressed, batches, divergence, answers, closely=True)
+    together = len(batches) if keep is None else KEPT_TOGETHER
+    with progress.stage("audit", len(batches)) as advance:
+        return comparison.measured(together, keep or _at_once, advance)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Two models, and what they are compared on; see `measure`."""
+
+    model: Model
+    compressed: Forward
+    batches: Sequence[Batch]
+    divergence: Divergence
+    answers: Sequence[int]
+    closely: bool
+
+    def measured(self, together: int, keep: Keep, advance: Callable[[int], None]) -> Measured:
+        """Compare on all batches, so many in a step that is kept."""
+        numbers = range(len(self.batches))
+        starts = list(accumulate((_samples(batch) for batch in self.batches), initial=0))[:-1]
+        blind, parts = Blind(self.divergence), []
+
+        def some(first: int) -> tuple[list[Any], Sums]:
+            done, own = [], numbers[first : first + together]
+            for found, seen in in_order(lambda n: self._compared(n, starts[n]), own):
+                done.append(found)
+                blind.join(seen)
+                advance(1)
+            return done, blind.sums
+
+        for first in numbers[::together]:
+            done, sums = keep(f"batches from {first}", partial(some, first))
+            if sums[0] > blind.sums[0]:  # an earlier run has added these
+                blind.sums = sums
+                advance(len(done))
+            parts += done
+        return Measured(
+            **_joined(starts, parts), blind_divergence=blind.mean(), entropy=blind.entropy()
+        )
+
+    def _compared(self, number: int, first: int) -> tuple[list[dict[str, np.ndarray]], Blind]:
+        blind, batch = Blind(self.divergence), self.batches[number]
+        with torch.no_grad():
+            before = self.model.task.forward(self.model.module, batch)
+            after = self.compressed(batch)
+            truth = _true_answers(self.model, batch, before, self.answers[first:])
+            every = _tried_every(self.batches, before) if self.closely else 0
+            parts = _compare(batch, before, after, truth, self.divergence, blind, every)
+            return list(parts), blind
+
+
+def _at_once(_step: str, make: Callable[[], Any]) -> Any:
+    return make()
 
 
 def _samples(batch: Batch) -> int:
@@ -154,7 +217,7 @@ def _compare(
     after: Tensor,
     truth: Tensor,
     divergence: Divergence,
-    blind: _Blind,
+    blind: Blind,
     every: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Compare one batch, a few rows at a time.
@@ -259,51 +322,6 @@ def _true_answers(model: Model, batch: Batch, outputs: Tensor, answers: Sequence
                 hint="give numbers of the model's own classes, or -1 where none fits.",
             )
     return truth
-
-
-class _Blind:
-    """Sums for the divergence of a model that gives everybody the average answer."""
-
-    def __init__(self, divergence: Divergence) -> None:
-        self._divergence = divergence
-        self._n = 0
-        self._answers: Tensor | None = None
-        self._squares = 0.0
-        self._entropy = 0.0
-
-    def add(self, outputs: Tensor) -> None:
-        """Add the original's outputs, `predictions width`."""
-        if self._divergence.family == "gaussian":
-            assert self._divergence.whitening is not None
-            outputs = outputs @ self._divergence.whitening.T
-            self._squares += float(outputs.double().square().sum())
-        else:
-            logs = outputs.log_softmax(-1)
-            outputs = logs.exp()
-            self._entropy -= float((outputs * logs).sum(-1).double().sum())
-        self._add(outputs.double().sum(0), len(outputs))
-
-    def join(self, other: _Blind) -> None:
-        """Add what another saw."""
-        self._squares += other._squares
-        self._entropy += other._entropy
-        if other._answers is not None:
-            self._add(other._answers, other._n)
-
-    def _add(self, answers: Tensor, n: int) -> None:
-        self._answers = answers if self._answers is None else self._answers + answers
-        self._n += n
-
-    def entropy(self) -> float:
-        return self._entropy / self._n
-
-    def mean(self) -> float:
-        """H(mean p) - mean H(p), or half the spread of the whitened means."""
-        assert self._answers is not None
-        mean = self._answers / self._n
-        if self._divergence.family == "gaussian":
-            return 0.5 * (self._squares / self._n - float(mean.square().sum()))
-        return float(-(mean * mean.clamp(min=1e-300).log()).sum()) - self.entropy()
 
 
 def bootstrap(

@@ -213,7 +213,8 @@ def frontier(
         session, statistics = equalising.equalise(session, decide.explain(session))
         made = sizing.frontier(session, decide.price(session, statistics), statistics)
     with attar_folder.replaced_folder(out) as partial:
-        texts = {FRONTIER_FILE: frontier_to_json(made), "frontier.html": frontier_to_html(made)}
+        page = frontier_to_html(made, session.units.units, session.model.task.name, str(out))
+        texts = {FRONTIER_FILE: frontier_to_json(made), "frontier.html": page}
         attar_folder.write_files(partial, {name: text.encode() for name, text in texts.items()})
     return made
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attar.report import wording
-from attar.report.curve import draw_frontier
-from attar.report.html import page_environment
+from attar.report.html import page_environment, style_and_script
 from attar.report.layout import heading, plain_table, render
+from attar.report.record import clean_text, jsonable, treatment_label
+from attar.report.sizes import shown_sizes, sizes_to_json
 
 if TYPE_CHECKING:
-    from attar.records import Frontier
+    from collections.abc import Sequence
+
+    from attar.records import Frontier, Unit
 
 UNSURE = "uncertain"
 
@@ -49,14 +52,39 @@ def frontier_to_text(frontier: Frontier, width: int = 100, colour: bool = False)
     return render([heading(title), table], width, colour)
 
 
-def frontier_to_html(frontier: Frontier) -> str:
-    """A page of its own, without network and script."""
+def frontier_to_html(frontier: Frontier, units: Sequence[Unit], task: str, folder: str) -> str:
+    """A page of its own, without network: the plan at every size, and a slider to go through them.
+
+    Args:
+        units: Of the model, in order.
+        task: Its name.
+        folder: Where the frontier is written, as typed.
+    """
     environment = page_environment()
+    weights = {unit.name: unit.n_weights for unit in units}
+    facts = jsonable(sizes_to_json(frontier, treatment_label, weights), "", [])
+    names = [clean_text(unit.name) for unit in units]
+    sizes = shown_sizes(facts, names, folder, folder)
+    start = len(sizes["rows"]) // 2
+    style, script, digest = style_and_script()
     return environment.get_template("frontier.html.j2").render(
         model=frontier.recipe.model,
         bytes_at_16_bits=frontier.bytes_at_16_bits,
-        rows=frontier_rows(frontier),
-        picture=draw_frontier(frontier.points, 720, 400),
-        style=environment.get_template("page.css.j2").render(),
-        unsure=UNSURE,
+        sizes={**sizes, "start": start},
+        units=[
+            {"name": name, "weights": unit.n_weights, "treatment": treatment}
+            for name, unit, treatment in zip(names, units, _treated(facts, start), strict=True)
+        ],
+        noun=wording.prediction_noun(task),
+        size={"folder": folder},
+        token="",
+        style=style,
+        script=script,
+        script_hash=digest,
     )
+
+
+def _treated(facts: dict[str, Any], at: int) -> list[str]:
+    """What is done to each unit at one point, in a few words."""
+    rows = [f"{row['treatment']} {row['label']}" for row in facts["treatments"]]
+    return [rows[place] for place in facts["points"][at]["plan"]]

@@ -44,40 +44,52 @@ def page_text(facts: dict[str, Any], token: str = "") -> str:
     Args:
         token: That the page shows to the server it came from; empty for a page that is a file.
     """
-    environment = page_environment()
-    script = "".join(environment.get_template(f"{name}.js.j2").render() for name in PARTS)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style, script, digest = style_and_script()
     verdict = facts["verdict"]
-    return environment.get_template("page.html.j2").render(
-        facts=facts,
-        script=script,
-        script_hash=digest,
-        style="".join(environment.get_template(f"{name}.css.j2").render() for name in PARTS),
-        token=token,
-        sizes=show_sizes(facts),
-        counts=treatment_counts(facts["units"]),
-        noun=wording.prediction_noun(facts["model"]["task"]),
-        figures=headline_figures(facts),
-        flows=[draw_flow(facts, 1040, (200, 225)), draw_flow(facts, 348, (104, 94))],
-        network=draw_network(facts["units"]),
-        strips=head_strips(facts["units"]),
-        slices=slice_table(facts["units"], facts["slices"]),
-        spread=divergence_marks(verdict),
-        drift=drift_page(verdict["drift"]),
-        groups=paired_bars(verdict["groups"]),
-        tokens=tint_tokens(verdict["token_divergence"]),
-        generation_rows=wording.GENERATION_ROWS,
-        continuations=[split_common(turn) for turn in verdict["continuations"]],
-        untouched=[unit for unit in facts["units"] if unit["refused"]],
-        seconds=_shares(facts["seconds"]),
-        memory=_shares(
-            {
-                "forecast": facts["memory"]["forecast_bytes"],
-                "measured": facts["memory"]["peak_bytes"],
-            }
-        ),
-        treatments=_treatment_bars(facts["treatments"]),
+    return (
+        page_environment()
+        .get_template("page.html.j2")
+        .render(
+            facts=facts,
+            script=script,
+            script_hash=digest,
+            style=style,
+            token=token,
+            sizes=show_sizes(facts),
+            counts=treatment_counts(facts["units"]),
+            noun=wording.prediction_noun(facts["model"]["task"]),
+            figures=headline_figures(facts),
+            flows=[draw_flow(facts, 1040, (200, 225)), draw_flow(facts, 348, (104, 94))],
+            network=draw_network(facts["units"]),
+            strips=head_strips(facts["units"]),
+            slices=slice_table(facts["units"], facts["slices"]),
+            spread=divergence_marks(verdict),
+            drift=drift_page(verdict["drift"]),
+            groups=paired_bars(verdict["groups"]),
+            tokens=tint_tokens(verdict["token_divergence"]),
+            generation_rows=wording.GENERATION_ROWS,
+            continuations=[split_common(turn) for turn in verdict["continuations"]],
+            untouched=[unit for unit in facts["units"] if unit["refused"]],
+            seconds=_shares(facts["seconds"]),
+            memory=_shares(
+                {
+                    "forecast": facts["memory"]["forecast_bytes"],
+                    "measured": facts["memory"]["peak_bytes"],
+                }
+            ),
+            treatments=_treatment_bars(facts["treatments"]),
+        )
     )
+
+
+def style_and_script() -> tuple[str, str, str]:
+    """Style and script of a page, and the hash that lets the script run."""
+    environment = page_environment()
+    style, script = (
+        "".join(environment.get_template(f"{name}.{kind}.j2").render() for name in PARTS)
+        for kind in ("css", "js")
+    )
+    return style, script, base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 @cache

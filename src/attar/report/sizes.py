@@ -103,9 +103,25 @@ def typed_size(n_bytes: int) -> str:
 
 def show_sizes(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """Everything the page shows of a record's sizes: rows, pictures, and what the script reads."""
-    sizes = facts["frontier"]
-    if sizes is None:
+    if facts["frontier"] is None:
         return None
+    folder = facts["size"]["folder"] or "model"
+    units = [unit["name"] for unit in facts["units"]]
+    shown = shown_sizes(facts["frontier"], units, f"{folder}/report", folder)
+    made = next((i for i, row in enumerate(shown["rows"]) if row["is_made"]), 0)
+    return {**shown, "start": made}
+
+
+def shown_sizes(
+    sizes: Mapping[str, Any], units: Sequence[str], prices: str, out: str
+) -> dict[str, Any]:
+    """Do what `show_sizes` does of facts that `sizes_to_json` made.
+
+    Args:
+        units: Names, in the order of the plans.
+        prices: Folder that another size is applied from.
+        out: What the folder of another size is called after.
+    """
     known = [
         FrontierPoint(
             point["bytes"],
@@ -117,13 +133,12 @@ def show_sizes(facts: Mapping[str, Any]) -> dict[str, Any] | None:
         )
         for point in sizes["points"]
     ]
-    rows = [show_point(point) for point in sizes["points"]]
-    folder, command = facts["size"]["folder"] or "model", None
+    rows, command = [show_point(point) for point in sizes["points"]], None
     if sizes["options"] is not None:
-        command = shlex.join(["attar", "apply", f"{folder}/report", *sizes["options"]])
+        command = shlex.join(["attar", "apply", prices, *sizes["options"]])
     return {
         "rows": rows,
-        "made": next((i for i, row in enumerate(rows) if row["is_made"]), 0),
+        "is_frontier": not any(row["is_made"] for row in rows),
         "pictures": [draw_frontier(known, *side) for side in (WIDE, NARROW)],
         "command": command,
         "decided_by": sizes["decided_by"],
@@ -131,8 +146,8 @@ def show_sizes(facts: Mapping[str, Any]) -> dict[str, Any] | None:
             "points": rows,
             "treatments": [show_treatment(row) for row in sizes["treatments"]],
             "command": command,
-            "out": shlex.quote(folder),
-            "units": [unit["name"] for unit in facts["units"]],
+            "out": shlex.quote(out),
+            "units": list(units),
         },
     }
 

@@ -112,6 +112,70 @@ def test_what_needs_the_same_tokens_is_refused_where_tokenizers_differ():
         attar.audit(model, other, tokens(), drift=True)
 
 
+def sentences():
+    some = tokens()
+    return {**some, "attention": torch.ones_like(some["tokens"])}
+
+
+def test_encoders_with_tokens_in_another_order_are_compared_by_name():
+    model, order = toys.sentence_model(), another_order(2)
+    other = renamed(model, order)
+    found = attar.audit(model, other, sentences()).verdict
+    assert found.reasons[0].startswith("the tokenizer of renamed is at fault, and not its weights")
+    (note,) = found.notes
+    assert "compared by the names of tokens" in note
+    from copy import deepcopy
+
+    module = deepcopy(model.module)
+    module.vectors.weight.data[torch.from_numpy(order)] = model.module.vectors.weight.detach()
+    same = attar.audit(model, replace(other, module=module), sentences()).verdict
+    assert same.divergence.value == pytest.approx(0.0, abs=1e-9)
+    assert same.notes == (note,) and not any("at fault" in reason for reason in same.reasons)
+
+
+def test_encoders_are_refused_where_the_data_holds_a_token_that_one_does_not_know():
+    model, gone = toys.sentence_model(), 200  # a letter that no merge is made of
+    known = json.loads(model.files["tokenizer.json"])
+    known["model"]["vocab"] = {
+        "another letter" if number == gone else token: number
+        for token, number in known["model"]["vocab"].items()
+    }
+    other = replace(model, files={"tokenizer.json": json.dumps(known).encode()}, name="another")
+    held = sentences()
+    held["tokens"][:, 2] = gone
+    with pytest.raises(
+        DataError, match="the audit data holds 1 that only toy embed knows"
+    ) as error:
+        attar.audit(model, other, held)
+    assert "know the same tokens" in error.value.hint
+    held["tokens"][held["tokens"] == gone] = 41
+    found = attar.audit(model, other, held).verdict
+    assert found.divergence.value == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_after_the_last_token_neither_write_nor_answer(tmp_path, monkeypatch, swapped):
+    from attar import behaving
+
+    sides = []
+
+    def compare(name, items, before, after, seed):
+        sides.append(np.concatenate([*before, *after]).reshape(2, -1))
+        return original(name, items, before, after, seed)
+
+    original = behaving.compare_choices
+    monkeypatch.setattr(behaving, "compare_choices", compare)
+    model = toys.language_model()
+    more, text, asked = padded(model, 8), tmp_path / "t.txt", tmp_path / "q.jsonl"
+    text.write_text(toys.numbered_text(900))
+    question = {"context": "Word 1 is", "choices": [" word", " row", " a number"], "answer": 0}
+    asked.write_text((json.dumps(question) + "\n") * 4)
+    pair = (more, model) if swapped else (model, more)
+    found = attar.audit(*pair, text, generate=4, choices=[asked]).verdict
+    assert found.generation.equal_tokens.value == 1.0
+    assert np.allclose(*sides[0], atol=1e-6)
+
+
 def test_tokenizers_that_differ_say_how(text_here, typed):
     write_gguf(text_here / "a.gguf", random_model(LLAMA), LLAMA)
     other = [*TOKENS]

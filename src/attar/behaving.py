@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from attar.audit.choices import Row, compare_choices, log_likelihoods, rows_of
+from attar.audit.fidelity import Forward
 from attar.audit.generation import compare_continuations, earliest
 from attar.decode import continue_greedily, language_step
 from attar.errors import DataError
 from attar.export.run import end_tokens
 from attar.inputs import leading_tokens, read_tokenizer
 from attar.load.questions import read_prompts, read_questions
-from attar.matching import number_tokens_otherwise
+from attar.matching import Matched, match, number_tokens_otherwise
 from attar.parallel import in_order
 from attar.records import (
     Behaviours,
@@ -110,7 +110,9 @@ def _generation(session: Session, other: Model, count: int, typed: Sequence[str]
     tokenizer = read_tokenizer(session.model.files)
     prompts = _typed(typed, tokenizer) if typed else _openings(session, count)
     ends = end_tokens(session.model, tokenizer)
-    n_known = tokenizer.get_vocab_size()
+    # Both choose among the same tokens, where one has outputs that the other lacks.
+    shared = match(session, other).own
+    n_known = tokenizer.get_vocab_size() if shared is None else len(shared)
     about = f"prompts {_digest(prompts)}"
     before, after = (
         session.finished.once(
@@ -198,22 +200,42 @@ def _choices(
     rows = [rows_of(item, encode, lead, begin) for item in items]
     flat = [row for own in rows for row in own]
     cuts = np.cumsum([len(own) for own in rows])[:-1]
+    matched = match(session, other)
+    _check_known(session.model, matched, name, flat)
+    own = matched.before(session.model)
+    sides = (
+        ("original", session.model.name, partial(own.task.forward, own.module)),
+        ("compressed", other.name, matched.after(other)),
+    )
     about = f"questions {_digest(flat)}"
     before, after = (
         np.split(
             session.finished.once(
-                f"{about} answered by {role}", partial(_answered, session, model, flat)
+                f"{about} answered by {role}", partial(_answered, session, model, forward, flat)
             ),
             cuts,
         )
-        for role, model in (("original", session.model), ("compressed", other))
+        for role, model, forward in sides
     )
     return compare_choices(name, items, before, after, session.recipe.seed)
 
 
-def _answered(session: Session, model: Model, rows: Sequence[Row]) -> np.ndarray:
-    with session.progress.stage(f"questions to {model.name}", len(rows)) as advance:
-        return log_likelihoods(_reader(model), rows, advance)
+def _answered(session: Session, model: str, forward: Forward, rows: Sequence[Row]) -> np.ndarray:
+    with session.progress.stage(f"questions to {model}", len(rows)) as advance:
+        return log_likelihoods(lambda tokens: forward({"tokens": tokens}), rows, advance)
+
+
+def _check_known(model: Model, matched: Matched, file: str, rows: Sequence[Row]) -> None:
+    """Refuse choices with tokens that one model alone has outputs for."""
+    if matched.own is None:
+        return
+    highest = max(max(tokens[begin:]) for tokens, begin in rows)
+    if highest >= len(matched.own):
+        raise DataError(
+            f"a choice in {file} holds the token {highest:,}, and both models know "
+            f"{len(matched.own):,} of those of {model.name}.",
+            hint="leave questions with special tokens out.",
+        )
 
 
 def _digest(asked: object) -> str:
@@ -223,10 +245,6 @@ def _digest(asked: object) -> str:
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _reader(model: Model) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: model.task.forward(model.module, {"tokens": tokens})
 
 
 def _begin(model: Model) -> list[int]:

@@ -112,6 +112,8 @@ def match(session: Session, other: Model) -> Matched:
             "nothing names them.",
             hint="compare models with the same outputs, or put a labels.txt beside both.",
         )
+    elif "tokens" in original.examples:
+        matched = _same_reading(session, other)
     _check_inputs(session, other)
     return replace(matched, notes=(*_pictures(original, other), *matched.notes))
 
@@ -151,6 +153,32 @@ def _same_tokens(original: Model, other: Model, widths: tuple[int, int]) -> Matc
     return Matched(places, places, (note,))
 
 
+def _same_reading(session: Session, other: Model) -> Matched:
+    """Pair the tokens that two models read, and do not answer with, by their names.
+
+    Raises:
+        DataError: The audit data holds tokens that the other does not know.
+    """
+    original = session.model
+    one, two = _vocabulary(original), _vocabulary(other)
+    if one is None or two is None:
+        return Matched()
+    names = {number: token for token, number in one.items()}
+    if not _apart(names, {number: token for token, number in two.items()}):
+        return Matched()
+    how = _how_tokens_differ(original, other, one, two)
+    seen = sorted({n for batch in session.data.audit for n in batch["tokens"].flatten().tolist()})
+    missing = [names.get(number, str(number)) for number in seen if names.get(number) not in two]
+    if missing:
+        raise DataError(
+            f"{how}; the audit data holds {len(missing):,} that only {original.name} knows, first "
+            f"{', '.join(map(repr, missing[:NAMED]))}.",
+            hint="compare models whose tokenizers know the same tokens.",
+        )
+    theirs = torch.tensor([two.get(names.get(n, ""), -1) for n in range(max(names) + 1)])
+    return Matched(notes=(_compared_by_name(how, original),), renumbering=theirs)
+
+
 def number_tokens_otherwise(original: Model, other: Model) -> bool:
     """Whether a number stands for different tokens in two models; runs neither."""
     known = [_vocabulary(model) for model in (original, other)]
@@ -182,16 +210,9 @@ def _renumbered(
         DataError: The other does not know all tokens of the original.
     """
     names = [{number: token for token, number in known.items()} for known in (one, two)]
-    apart = _apart(names[0], names[1])
-    if not apart:
+    if not _apart(names[0], names[1]):
         return None
-    examples = ", ".join(
-        f"{number} is {names[0][number]!r} and {names[1][number]!r}" for number in apart[:NAMED]
-    )
-    how = (
-        f"the tokenizers differ: {original.name} has {len(one):,} tokens and {other.name} "
-        f"{len(two):,}, and {len(apart):,} numbers stand for different ones, first {examples}"
-    )
+    how = _how_tokens_differ(original, other, one, two)
     theirs = [two.get(names[0].get(number, ""), -1) for number in range(len(one))]
     if len(one) > widths[0] or min(theirs) < 0 or max(theirs) >= widths[1]:
         raise DataError(f"{how}.", hint="compare models whose tokenizers know the same tokens.")
@@ -199,8 +220,26 @@ def _renumbered(
     return Matched(
         None if len(one) == widths[0] else torch.arange(len(one)),
         places,
-        (f"{how}: compared by the names of tokens, in texts cut as {original.name} cuts them",),
+        (_compared_by_name(how, original),),
         renumbering=places,
+    )
+
+
+def _compared_by_name(how: str, original: Model) -> str:
+    return f"{how}: compared by the names of tokens, in texts cut as {original.name} cuts them"
+
+
+def _how_tokens_differ(
+    original: Model, other: Model, one: Mapping[str, int], two: Mapping[str, int]
+) -> str:
+    names = [{number: token for token, number in known.items()} for known in (one, two)]
+    apart = _apart(names[0], names[1])
+    examples = ", ".join(
+        f"{number} is {names[0][number]!r} and {names[1][number]!r}" for number in apart[:NAMED]
+    )
+    return (
+        f"the tokenizers differ: {original.name} has {len(one):,} tokens and {other.name} "
+        f"{len(two):,}, and {len(apart):,} numbers stand for different ones, first {examples}"
     )
 
 

@@ -40,8 +40,13 @@ def total_macs(units: Iterable[Unit]) -> int:
 
 def fp16_bytes(units: Iterable[Unit], leftovers: Iterable[Leftover]) -> int:
     """Count the bytes of everything at 16 bits per weight: what sizes are compared with."""
+    return FLOAT16_BYTES * count_numbers(units, leftovers)
+
+
+def count_numbers(units: Iterable[Unit], leftovers: Iterable[Leftover]) -> int:
+    """Count the numbers of all weights, and of what is stored as it is."""
     n_leftover = sum(torch.Size(leftover.shape).numel() for leftover in leftovers)
-    return FLOAT16_BYTES * (sum(unit.n_weights for unit in units) + n_leftover)
+    return sum(unit.n_weights for unit in units) + n_leftover
 
 
 def leftover_dtype(name: str, tensor: Tensor) -> torch.dtype:

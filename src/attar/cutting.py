@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from attar.session import Session
 def find(session: Session) -> CoupledUnits:
     """Find what can only be cut together, as the model stands after its norms were folded."""
     with session.timed("units"), session.progress.stage("find what goes together", 0):
-        return find_coupled(session.model.module, _runner(session))
+        return find_coupled(session.model.module, runner(session))
 
 
 def try_cut(session: Session, coupled: CoupledUnits, share: float) -> CutTrial:
@@ -47,9 +48,9 @@ def try_cut(session: Session, coupled: CoupledUnits, share: float) -> CutTrial:
     module, groups = session.model.module, coupled.groups
     with session.timed("price"):
         counts = {one.name: min(int(share * one.units + 0.5), one.units - 1) for one in groups}
-        cut = [one for one in groups if counts[one.name] and not _unknown(session, one)]
+        cut = [one for one in groups if counts[one.name] and not unknown(session, one)]
         removed = {
-            one.name: cheapest_first(list(_readers(session, statistics, one)), counts[one.name])[0]
+            one.name: cheapest_first(list(readers(session, statistics, one)), counts[one.name])[0]
             for one in cut
         }
         together = fit(session, statistics, cut, removed)
@@ -57,7 +58,7 @@ def try_cut(session: Session, coupled: CoupledUnits, share: float) -> CutTrial:
         plain = [masked(module, [one], removed) for one in cut]
         predicted, *nats = _nats(session, [together, *alone, *plain])
     with session.timed("measure"):
-        check_same(module, _runner(session), groups, removed)
+        check_same(module, runner(session), groups, removed)
         small = cut_out(module, groups, removed, together)
         return CutTrial(
             share=share,
@@ -73,8 +74,8 @@ def try_cut(session: Session, coupled: CoupledUnits, share: float) -> CutTrial:
             weights=_count(module) - _count(small),
             of_weights=_count(module),
             predicted=predicted,
-            measured=_measured(session, small),
-            measured_plain=_measured(session, cut_out(module, groups, removed)),
+            measured=measured(session, small),
+            measured_plain=measured(session, cut_out(module, groups, removed)),
         )
 
 
@@ -82,29 +83,40 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _runner(session: Session) -> Run:
+def runner(session: Session) -> Run:
+    """What runs a module on the session's examples."""
     model = session.model
     return lambda module: model.task.forward(module, model.examples)
 
 
-def _unknown(session: Session, group: CoupledGroup) -> bool:
+def unknown(session: Session, group: CoupledGroup) -> bool:
     """Say whether something reads the group that no statistics are kept of."""
     names = {unit.name + ".weight" for unit in session.units}
     return any(one.reads and one.parameter not in names for one in group.members)
 
 
-def _readers(session: Session, statistics: Statistics, group: CoupledGroup) -> Iterator[Reader]:
-    """All that reads a group, with what is known of what enters it."""
+def readers(
+    session: Session,
+    statistics: Statistics,
+    group: CoupledGroup,
+    factors: Mapping[str, float] | None = None,
+) -> Iterator[Reader]:
+    """All that reads a group, with what is known of what enters it.
+
+    Args:
+        factors: Unit name to what its prices are multiplied with; 1 where it is not named.
+    """
     for member in group.members:
         if member.reads:
             unit = session.units.named(member.parameter.removesuffix(".weight"))
             terms = statistics.curvatures[unit.name]
             moment = _moment(terms)
+            root = math.sqrt((factors or {}).get(unit.name, 1.0))
             for term in terms:
                 known = term.columns
                 diagonal = known if known.dim() == 1 else known[0].diagonal()
                 yield Reader(
-                    weight=weighted(session.weight(unit), term.rows),
+                    weight=root * weighted(session.weight(unit), term.rows),
                     moment=diagonal if moment is None else moment,
                     columns=_columns(member, unit),
                 )
@@ -155,18 +167,26 @@ def fit(
     return new
 
 
-def _nats(session: Session, made: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """Price what sets of new parameters change, each set for itself, on recovery data."""
+def price_fits(session: Session, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """Price what sets of new parameters change, each set for itself, on recovery data.
+
+    Returns:
+        Of each set, unit name to nats per prediction.
+    """
     changes = [
         {name: partial(torch.sub, t, session.parameter(name)) for name, t in new.items()}
         for new in made
     ]
-    found = price_changes(session, changes, session.data.recovery)
-    return [sum(damages.values()) for damages in found]
+    return price_changes(session, changes, session.data.recovery)
 
 
-def _measured(session: Session, small: nn.Module) -> float:
-    model = session.model
+def _nats(session: Session, made: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    return [sum(damages.values()) for damages in price_fits(session, made)]
+
+
+def measured(session: Session, small: nn.Module) -> float:
+    """Nats per prediction between the original and a module, on recovery data."""
+    model = session.original
     found = measure(
         model,
         lambda batch: model.task.forward(small, batch),

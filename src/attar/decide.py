@@ -99,7 +99,8 @@ def price(session: Session, statistics: Statistics) -> Candidates:
     keep = session.recipe.keep
     menus.check_keep(session.units, keep)
     around = int8.decide_rounded(session)
-    free = [unit for unit in session.units if not menus.is_kept(unit, keep)]
+    only_cut = session.recipe.cut == "only"
+    free = [u for u in session.units if not only_cut and not menus.is_kept(u, keep)]
     treatments: dict[str, Sequence[menus.Treatment]] = {u.name: [menus.KEEP] for u in session.units}
     treatments |= {unit.name: menu(session, unit, integers=unit.name in around) for unit in free}
     return int8.with_rounded(price_treatments(session, statistics, treatments), around)
@@ -194,7 +195,7 @@ def follow(session: Session, made: Plan, statistics: Statistics) -> Decided:
         applied.unit: int8.priced_anew(made.choices[applied.unit], applied.predicted_damage)
         for applied in decided.receipt.applied
     }
-    predicted = sum(choice.predicted_damage or 0.0 for choice in choices.values())
+    predicted = _predicted(session, choices)
     notes = int8.notes(session, choices)
     priced = replace(decided.plan, choices=choices, predicted_damage=predicted, notes=notes)
     decided = replace(decided, plan=priced)
@@ -286,15 +287,22 @@ def carry_out(
         budget=budget,
         choices=choices,
         overhead_bytes=overhead,
-        predicted_damage=sum(c.predicted_damage or 0.0 for c in choices.values()),
+        predicted_damage=_predicted(session, choices),
         seed=session.recipe.seed,
         data=session.recipe.data or "",
         recipe=session.recipe,
         equalised=session.equalised,
+        cuts=session.cuts,
     )
     decided = Decided(made, Receipt(applied, session.units.leftovers), treated)
     weighed = writing.overhead_bytes(session, decided)
     return replace(decided, plan=replace(made, overhead_bytes=weighed))
+
+
+def _predicted(session: Session, choices: Mapping[str, Candidate]) -> float:
+    """Nats per prediction of what was cut, and of what is done to what is left."""
+    cut = sum((one.predicted_damage for one in session.cuts), 0.0)
+    return cut + sum(choice.predicted_damage or 0.0 for choice in choices.values())
 
 
 def _written(choices: Mapping[str, Candidate]) -> str:
@@ -324,7 +332,7 @@ def measure_plan(session: Session, decided: Decided, correction: float) -> Round
 
     def damage() -> float:
         return measure(
-            session.model,
+            session.original,
             compressed,  # type: ignore[arg-type]
             session.data.recovery,
             session.divergence,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attar import cost
 from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Keep, Measured, measure, measure_for_report
@@ -98,7 +99,7 @@ def judge_folder(session: Session, folder: Path, decided: Decided) -> Verdict:
         return judge_compressed(session, _of_onnx(session, folder / ONNX_FILE, decided), decided)
     code = None
     if session.model.architecture.builder == "factory":
-        code = session.model.module
+        code = session.original.module
     return judge_compressed(
         session, load_folder(read_folder(folder, build_transform), code), decided
     )
@@ -202,7 +203,7 @@ def _measure(
     """Run both on the audit data; answers are numbered as the original's."""
     data = session.data
     found = measure_for_report(
-        matched.before(session.model),
+        matched.before(session.original),
         matched.after(other),
         data.audit,
         session.divergence,
@@ -219,7 +220,7 @@ def _located(session: Session, other: Model, verdict: Verdict, measured: Measure
     if not len(bad):
         return verdict
     batch = _batch_of(session, int(bad[0]))
-    for model in (session.model, other):
+    for model in (session.original, other):
         run = partial(model.task.forward, model.module, batch)
         part = first_not_finite(model.module, run)
         if part is not None:
@@ -254,10 +255,13 @@ def _weights(
 def _group_claims(
     session: Session, all_tensors: Mapping[str, Callable[[], Tensor]], decided: Decided
 ) -> list[GroupClaim]:
-    """Compress one group of units at a time, and compare what is lost with what was predicted."""
+    """Compress one group of units at a time, and compare what is lost with what was predicted.
+
+    Where units were cut, that is a group of its own, and the others are compared with what it left.
+    """
     n = max(1, round(len(session.data.audit) * GROUP_SHARE))
     original, task = session.model.module, session.model.task
-    claims = []
+    claims = _cut_claims(session, n)
     for group, names in _groups(session).items():
         changed = [f"{name}.weight" for name in names]
         changed += [bias for name in names if (bias := session.units.named(name).bias)]
@@ -292,6 +296,32 @@ def _group_claims(
             )
         )
     return claims
+
+
+def _cut_claims(session: Session, n: int) -> list[GroupClaim]:
+    """What cutting alone was predicted to cost, and costs on `n` batches."""
+    if not session.cuts:
+        return []
+    small, task = session.model.module, session.model.task
+    found = measure(
+        session.original,
+        lambda batch: task.forward(small, batch),
+        session.data.audit[:n],
+        session.divergence,
+        progress=session.progress,
+        stage="audit what was cut",
+    )
+    left = cost.count_numbers(session.units, session.units.leftovers)
+    return [
+        GroupClaim(
+            group="cut",
+            units=tuple(dict.fromkeys(cut.group for cut in session.cuts)),
+            predicted_damage=sum(cut.predicted_damage for cut in session.cuts),
+            measured_damage=found.mean_divergence,
+            bytes_before=cost.FLOAT16_BYTES * (session.n_parameters - left),
+            bytes_after=0,
+        )
+    ]
 
 
 def _constant(weight: Tensor) -> Callable[[], Tensor]:
@@ -370,7 +400,7 @@ def _details(session: Session, other: Model, measured: Measured) -> dict[str, ob
                 prompt,
                 *(
                     continue_text(m, prompt, max_tokens=CONTINUED_TOKENS, seed=0)
-                    for m in (session.model, other)
+                    for m in (session.original, other)
                 ),
             )
             for prompt in PROMPTS

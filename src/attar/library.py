@@ -29,6 +29,7 @@ from attar import (
     drifting,
     equalising,
     judging,
+    narrowing,
     pipeline,
     serving,
 )
@@ -126,6 +127,7 @@ def plan(
     rounds: int = 2,
     decide_by: str = "price",
     equalise: str = "none",
+    cut: str = "off",
 ) -> Plan:
     """Decide what to do with every unit so that the written folder has at most a size.
 
@@ -136,6 +138,8 @@ def plan(
         decide_by: "price", or the way of a paper: a name in `attar.plan.DECIDERS`.
         equalise: "auto" changes channels before rounding where that pays; "learned" also learns
             their scales end to end.
+        cut: "auto" also cuts channels, neurons and heads whose bytes are worth more elsewhere,
+            where that measures better; "only" cuts until the size is met, and rounds nothing.
 
     Raises:
         BudgetError: The size cannot be read, or cannot be reached.
@@ -148,6 +152,7 @@ def plan(
         rounds=rounds,
         decide=decide_by,
         equalise=equalise,
+        cut=cut,
     )
     session = replace(known.session, recipe=asked)
     pipeline.check_wishes(session)
@@ -155,9 +160,8 @@ def plan(
         session = replace(
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
-    session, statistics = equalising.equalise(session, known.statistics)
-    candidates = decide.price(session, statistics)
-    decided = decide.plan(session, candidates, statistics)
+    way = narrowing.plan(*equalising.equalise(session, known.statistics))
+    session, decided = way.session, way.decided
     # A copy is remembered: what holds the plan itself would keep it alive for ever.
     copied = replace(decided, plan=replace(decided.plan))
     remember(decided.plan, Made(model, known, copied, session))
@@ -194,7 +198,7 @@ def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
 def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
     recipe = plan.recipe or Recipe(model=model.name, seed=plan.seed)
     session = _open(recipe, model, data if data is not None else recipe.data, None)
-    names = {unit.name for unit in session.units}
+    names = {unit.name for unit in narrowing.units_after(session, plan.cuts)}
     strange = names.symmetric_difference(plan.choices)
     if strange:
         raise PlanError(
@@ -207,6 +211,7 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
     session, statistics = equalising.follow(session, known.statistics, plan.equalised)
+    session, statistics = narrowing.follow(session, statistics, plan.cuts)
     return Made(model, known, decide.follow(session, plan, statistics), session)
 
 
@@ -284,7 +289,7 @@ def audit(
         corrupting.check_asked(model)
     made = made_from(model, small)
     if made is not None and data is None:
-        session = made.session
+        session = made.session.before_cuts
     else:
         session = _open(Recipe(model=model.name, seed=seed), model, data, None)
     if drift:
@@ -305,7 +310,7 @@ def _audit_all(model: Model, small: Sequence[Model], data: Arrays, seed: int) ->
     if not small:
         raise DataError("there is no model to compare.", hint="give one or several")
     known = [made for one in small if (made := made_from(model, one)) is not None]
-    session = known[0].session if known and data is None else None
+    session = known[0].session.before_cuts if known and data is None else None
     session = session or _open(Recipe(model=model.name, seed=seed), model, data, None)
     found = [judging.compare_models(session, one) for one in small]
     reports = [
@@ -330,6 +335,7 @@ def compress(
     equalise: str = "none",
     activations: str = "none",
     biases: str = "kept",
+    cut: str = "off",
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -342,6 +348,7 @@ def compress(
         decide_by: See `plan`.
         biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
+        cut: See `plan`.
         model: From `load`, or what `load` takes.
         workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
         force, restart: Replace what an earlier run wrote; do again what a killed one finished.
@@ -360,6 +367,7 @@ def compress(
         workers=workers,
         equalise=equalise,
         biases=biases,
+        cut=cut,
     )
     check_form(recipe)
     check_decider(recipe)

@@ -106,6 +106,13 @@ Biases = Annotated[
     str,
     typer.Option(metavar="HOW", help="kept, or moved to take up the mean error of their layer."),
 ]
+Cut = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help="off, auto: also cut channels, neurons, heads if it pays, or only: and round nothing.",
+    ),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 Restart = Annotated[

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from attar import comparing, decide, equalising, judging, sizing, writing
+from attar import comparing, decide, equalising, judging, narrowing, sizing, writing
 from attar.auditing import Auditor, Wishes
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -19,7 +19,6 @@ from attar.plan.candidates import check_keep
 from attar.plan.frontier import FRONTIER_FILE, frontier_to_json
 from attar.plan.planfile import plan_to_yaml
 from attar.records import (
-    Equalised,
     Frontier,
     Plan,
     Population,
@@ -29,7 +28,7 @@ from attar.records import (
     Scores,
     Statistics,
 )
-from attar.reopening import open_plan, open_prices
+from attar.reopening import Prices, open_plan, open_prices
 from attar.report.frontier import frontier_to_html
 from attar.report.html import write_report
 from attar.resuming import discard
@@ -71,32 +70,31 @@ def check_output(out: Path, *, force: bool, restart: bool) -> None:
 def compress_session(
     session: Session,
     out: Path,
-    priced: tuple[decide.Candidates, tuple[Equalised, ...]] | None = None,
+    priced: Prices | None = None,
     *,
     opens_again: bool = True,
 ) -> Report:
     """Do what `compress` does with a model and data at hand.
 
     Args:
-        priced: Of a frontier, with what was equalised before; None to price now.
+        priced: Of a frontier, with what was changed before; None to price now.
         opens_again: Whether the recipe names the model and the data.
     """
     check_wishes(session)
     forecast = judging.forecast_memory(session)
     with session.keeping(out) as session:
         statistics = decide.explain(session)
-        scores = score_all(session, statistics)
+        scores, relevance = score_all(session, statistics), decide.relevance(statistics)
         if priced is None:
-            session, statistics = equalising.equalise(session, statistics)
-            candidates = decide.price(session, statistics)
+            way = narrowing.plan(*equalising.equalise(session, statistics))
         else:
-            candidates, equalised = priced
-            session, statistics = equalising.follow(session, statistics, equalised)
-        decided = decide.plan(session, candidates, statistics)
-        sizes = sizing.around(session, candidates, decided, statistics)
+            session, statistics = equalising.follow(session, statistics, priced.equalised)
+            session, statistics = narrowing.follow(session, statistics, priced.cuts)
+            way = narrowing.solved(session, statistics, priced.candidates)
+        sizes = sizing.around(way.session, way.candidates, way.decided, way.statistics)
         sizes = replace(sizes, opens_again=opens_again)
-        relevance = decide.relevance(statistics)
-        del statistics  # the largest thing in memory, and the audit does not need it
+        session, decided = way.session, way.decided
+        del statistics, way  # the largest thing in memory, and the audit does not need it
         return finish(session, decided, scores, relevance, out, forecast, sizes)
 
 
@@ -116,10 +114,10 @@ def apply_plan_file(
     forecast = judging.forecast_memory(session)
     with session.keeping(out) as session:
         statistics = decide.explain(session)
-        scores = score_all(session, statistics)
+        scores, relevance = score_all(session, statistics), decide.relevance(statistics)
         session, statistics = equalising.follow(session, statistics, plan.equalised)
+        session, statistics = narrowing.follow(session, statistics, plan.cuts)
         decided = decide.follow(session, plan, statistics)
-        relevance = decide.relevance(statistics)
         del statistics
         return finish(session, decided, scores, relevance, out, forecast)
 
@@ -151,7 +149,7 @@ def finish(
             plan=decided.plan,
             receipt=decided.receipt,
             verdict=verdict,
-            units=session.units.units,
+            units=session.before_cuts.units.units,
             scores=scores,
             head_relevance=relevance.heads,
             slice_relevance=relevance.slices,
@@ -164,6 +162,7 @@ def finish(
             forecast_memory_bytes=forecast,
             provenance=session.provenance(),
             frontier=sizes,
+            left=narrowing.left_of_units(session),
         )
         write_what_was_decided(report, partial / "report")
         write_report(report, partial / "report")
@@ -192,9 +191,8 @@ def plan(
     session = open_recipe(recipe, progress)
     check_wishes(session)
     with session.keeping(out) as session:
-        session, statistics = equalising.equalise(session, decide.explain(session))
-        candidates = decide.price(session, statistics)
-        return decide.plan(session, candidates, statistics).plan, session
+        way = narrowing.plan(*equalising.equalise(session, decide.explain(session)))
+        return way.decided.plan, way.session
 
 
 def frontier(
@@ -202,6 +200,7 @@ def frontier(
 ) -> Frontier:
     """Price once, and write what the least damage is at every size, as a page and as JSON."""
     writing.check_form(recipe)
+    writing.check_all_sizes(recipe)
     check_decider(recipe)
     attar_folder.check_output(out, force=force, holds=(FRONTIER_FILE,), option="--frontier")
     if restart:

@@ -506,6 +506,8 @@ class Recipe:
             "learned": their scales are learned end to end as well.
         biases: "kept", or "moved" to take up the mean error that rounding their layer makes. What
             equalises by shifts needs the means that are gathered for it.
+        cut: Channels, neurons and heads: "off" leaves them all, "auto" cuts those whose bytes are
+            worth more elsewhere, "only" cuts until the size is met and rounds nothing.
     """
 
     model: str
@@ -529,6 +531,53 @@ class Recipe:
     equalise: str = "none"
     activations: str = "none"
     biases: str = "kept"
+    cut: str = "off"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Coupled units of one group that were cut in one turn.
+
+    Attributes:
+        turn: From 1; what reads the rest is fitted again after each.
+        group: Name of the group; see `coupling.CoupledGroup`.
+        kind: "head", "neuron", "channel" or "channel group".
+        units: Their numbers in the original.
+        of: How many units the group has in the original.
+        weights: Numbers that went.
+        predicted_damage: Nats per prediction at all that reads them, on recovery data.
+        measured_damage: Of this alone, on a part of them; None where it was not measured.
+    """
+
+    turn: int
+    group: str
+    kind: str
+    units: tuple[int, ...]
+    of: int
+    weights: int
+    predicted_damage: float
+    measured_damage: float | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to meet a budget that was carried out and measured before one was chosen.
+
+    Attributes:
+        turns: Of cutting, before weights were rounded; 0 for rounding alone.
+        n_parameters: Numbers left.
+        cut_damage: Measured after the last cut, before rounding, nats per prediction.
+        measured_damage: Of all of it, against the original on recovery data.
+        weight_bytes: Of the folder.
+        is_chosen: Whether this one was written.
+    """
+
+    turns: int
+    n_parameters: int
+    cut_damage: float
+    measured_damage: float
+    weight_bytes: int
+    is_chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -566,6 +615,8 @@ class Plan:
         notes: What a reader should know: refusals, fallbacks.
         recipe: Everything that is needed to make the same plan again.
         equalised: What was changed before any weight was rounded, in order.
+        cuts: What was cut before any weight was rounded, in order of turns.
+        contenders: Ways that were tried, where there was more than one.
     """
 
     model: str
@@ -579,6 +630,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     recipe: Recipe | None = None
     equalised: tuple[Equalised, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    contenders: tuple[Contender, ...] = ()
+
+    @property
+    def cut_damage(self) -> float:
+        """Nats per prediction that cutting alone was predicted to cost."""
+        return sum((cut.predicted_damage for cut in self.cuts), 0.0)
 
     @property
     def weight_bytes(self) -> int:
@@ -617,6 +675,7 @@ class Frontier:
         candidates: Unit name to what may be done to it.
         bytes_at_16_bits: Of the model before.
         equalised: What was changed before prices were made, in order.
+        cuts: What was cut before prices were made, in order.
         overhead_bytes: Of the folder that are in no unit's tensors, and a few spared.
         opens_again: Whether the recipe names the model and the data; no, if they were given from
             Python.
@@ -628,6 +687,7 @@ class Frontier:
     points: tuple[FrontierPoint, ...]
     candidates: Mapping[str, Sequence[Candidate]]
     equalised: tuple[Equalised, ...] = ()
+    cuts: tuple[Cut, ...] = ()
     overhead_bytes: int = 0
     opens_again: bool = True
 
@@ -1225,6 +1285,7 @@ class Report:
         forecast_memory_bytes: Said before it started.
         provenance: Versions, seed, hashes, data origin, hardware.
         frontier: Other sizes, from the same prices; None where nothing was priced.
+        left: Unit name to what a cut left of it; without units that are whole.
     """
 
     model: str
@@ -1247,6 +1308,7 @@ class Report:
     forecast_memory_bytes: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     frontier: Frontier | None = None
+    left: Mapping[str, Unit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ def judged(session: Session, small: Model, made: Made | None) -> tuple[Verdict, 
     if made is None:
         return judging.judge_models(session, small), {}
     choices = made.decided.plan.choices
+    if made.session.cuts:  # its weights are of other shapes than the original's
+        own = replace(session, model=made.session.model, units=made.session.units)
+        session = replace(own, cuts=made.session.cuts, whole=session)
     verdict = judging.judge_compressed(session, small, made.decided)
     return verdict, {name: choice.treatment for name, choice in choices.items()}
 

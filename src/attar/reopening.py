@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from attar import narrowing
 from attar.decide import Candidates
 from attar.errors import PlanError
 from attar.load.model import is_factory
 from attar.plan.candidates import Build, pinned
 from attar.plan.frontier import FRONTIER_FILE, read_prices
 from attar.plan.planfile import read_plan
-from attar.records import Equalised, Plan, Progress, Recipe, Units
+from attar.records import Cut, Equalised, Plan, Progress, Recipe, Units
 from attar.session import Session, open_recipe
 from attar.transform.apply import build_transform
 
 Made = TypeVar("Made")
-Read = Callable[[Callable[[Recipe], Units], Build], Made]
+Read = Callable[[Callable[[Recipe, Sequence[Cut]], Units], Build], Made]
 
 
 def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> tuple[Plan, Session]:
@@ -31,10 +32,24 @@ def open_plan(path: Path, recipe: Recipe, progress: Progress | None = None) -> t
     return _reopened(lambda *ask: read_plan(path, *ask), recipe, progress)
 
 
+@dataclass(frozen=True)
+class Prices:
+    """What a frontier's file holds.
+
+    Attributes:
+        equalised: What was changed before prices were made.
+        cuts: What was cut before prices were made.
+    """
+
+    candidates: Candidates
+    equalised: tuple[Equalised, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+
 def open_prices(
     path: Path, recipe: Recipe, progress: Progress | None = None
-) -> tuple[tuple[Candidates, tuple[Equalised, ...]], Session]:
-    """Read a frontier's prices and what was equalised before, with the session of both.
+) -> tuple[Prices, Session]:
+    """Read a frontier's prices and what was changed before, with the session of both.
 
     Args:
         path: The file, its folder, or the folder of a model with a report that holds it.
@@ -42,17 +57,18 @@ def open_prices(
     """
     places = [path / FRONTIER_FILE, path / "report" / FRONTIER_FILE] if path.is_dir() else [path]
     file = next((place for place in places if place.exists()), places[0])
-    (candidates, equalised), session = _reopened(
+    (candidates, equalised, cuts), session = _reopened(
         lambda *ask: read_prices(file, *ask), recipe, progress
     )
-    return (pinned(candidates, session.units, recipe.keep), equalised), session
+    kept = pinned(candidates, session.units, recipe.keep)
+    return Prices(kept, equalised, cuts), session
 
 
 def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tuple[Made, Session]:
     """Open the session a file was made in, and read the file with its units."""
     opened: list[Session] = []
 
-    def units_of(planned: Recipe) -> Units:
+    def units_of(planned: Recipe, cuts: Sequence[Cut]) -> Units:
         own = replace(
             planned,
             size=recipe.size or planned.size,
@@ -65,7 +81,7 @@ def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tu
         if is_factory(planned.model):
             own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)
         opened.append(open_recipe(own, progress))
-        return opened[0].units
+        return narrowing.units_after(opened[0], cuts)
 
     made = read(units_of, build_transform)
     return made, opened[0]

@@ -31,7 +31,7 @@ from attar.errors import OutputError, Terminated, WorkerError
 from attar.explain.dictionary import Dictionary
 from attar.explain.statistics import Curvatures
 from attar.kernels.symmetric import Packed, Symmetric
-from attar.records import Applied, Candidate, Cost, Recipe, Statistics, Unit
+from attar.records import Applied, Candidate, Cost, Cut, Recipe, Statistics, Unit
 from attar.transform import TRANSFORMS
 from attar.transform.apply import Treated
 from attar.transform.coded import Codes, Factors
@@ -44,7 +44,7 @@ NOT_IN_KEY = {"threads", "workers", "accept_licence"}
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        *(Statistics, Curvatures, Symmetric, Packed, Candidate, Cost),
+        *(Statistics, Curvatures, Symmetric, Packed, Candidate, Cost, Cut),
         *(Applied, Treated, Unit, Codes, Factors, Product, *TRANSFORMS.values()),
         *(Measured, Dictionary),
     )

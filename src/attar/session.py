@@ -35,6 +35,7 @@ from attar.parallel import Work, in_order, one_thread
 from attar.plan.size import parse_size
 from attar.records import (
     Batch,
+    Cut,
     Data,
     Equalised,
     Model,
@@ -67,6 +68,8 @@ class Session:
         seconds: Stage to seconds so far; the one thing here that grows.
         workers: That were joined; None to work on threads of this process.
         finished: What need not be done again, because a run that was killed has done it.
+        cuts: Coupled units that `model` and `units` are without.
+        whole: The session before those were cut; None where nothing was.
     """
 
     recipe: Recipe
@@ -82,6 +85,18 @@ class Session:
     finished: Finished = field(default_factory=Finished)
     equalised: tuple[Equalised, ...] = ()
     original_sha256: str = ""
+    cuts: tuple[Cut, ...] = ()
+    whole: Session | None = None
+
+    @property
+    def before_cuts(self) -> Session:
+        """The session of the model as it is before anything is cut: what all is held against."""
+        return self.whole or self
+
+    @property
+    def original(self) -> Model:
+        """The model that what is made is compared with."""
+        return self.before_cuts.model
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -94,14 +109,15 @@ class Session:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers the model holds, units and leftovers."""
-        held = sum(unit.n_weights for unit in self.units)
-        return held + sum(torch.Size(left.shape).numel() for left in self.units.leftovers)
+        """Numbers the original holds, units and leftovers."""
+        units = self.before_cuts.units
+        return cost.count_numbers(units, units.leftovers)
 
     @property
     def bytes_at_16_bits(self) -> int:
-        """What the model weighs with every number in 16 bits."""
-        return cost.fp16_bytes(self.units, self.units.leftovers)
+        """What the original weighs with every number in 16 bits."""
+        units = self.before_cuts.units
+        return cost.fp16_bytes(units, units.leftovers)
 
     def budget_bytes(self) -> int:
         """The recipe's size in bytes."""
@@ -118,7 +134,7 @@ class Session:
         return self.parameter(unit.bias) if unit.bias else None
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter of the original, in memory."""
+        """A parameter of the model as it stands, in memory."""
         return dense(self.model.module.get_parameter(name))
 
     @cached_property
@@ -233,7 +249,7 @@ class Session:
         return {
             "seed": self.recipe.seed,
             "data": self.data.origin,
-            "original_sha256": self.original_sha256 or self.original_hash,
+            "original_sha256": self.original_sha256 or self.before_cuts.original_hash,
             "versions": {name: version(name) for name in packages},
             "python": platform.python_version(),
             "machine": platform.machine(),

@@ -105,5 +105,6 @@ def _frontier(
         points=points,
         candidates=candidates,
         equalised=session.equalised,
+        cuts=session.cuts,
         overhead_bytes=overhead,
     )

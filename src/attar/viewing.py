@@ -29,7 +29,7 @@ from attar.plan.frontier import FRONTIER_FILE, read_prices
 from attar.plan.fuse import groups_of
 from attar.plan.size import check_fits, parse_size
 from attar.plan.solve import smallest, solve, weight_bytes
-from attar.records import Budget, Candidate, FrontierPoint, Recipe, Unit, Units
+from attar.records import Budget, Candidate, Cut, FrontierPoint, Recipe, Unit, Units
 from attar.report.html import page_text
 from attar.report.record import FORMAT_VERSION, treatment_label
 from attar.report.sizes import (
@@ -94,13 +94,13 @@ def open_report(folder: Path) -> Shown:
         units = Units(tuple(_unit(line) for line in facts["units"]), ())
         recipes: list[Recipe] = []
 
-        def units_of(recipe: Recipe) -> Units:
+        def units_of(recipe: Recipe, _cuts: Sequence[Cut]) -> Units:
             recipes.append(recipe)
             return units
 
         candidates: Mapping[str, Sequence[Candidate]] = {}
         if facts["frontier"] is not None and (report / FRONTIER_FILE).exists():
-            candidates, _ = read_prices(report / FRONTIER_FILE, units_of, build_transform)
+            candidates, *_ = read_prices(report / FRONTIER_FILE, units_of, build_transform)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{report / 'report.json'} lacks {error}.", hint=_HINT) from error
     recipe = recipes[0] if recipes else None
@@ -108,13 +108,14 @@ def open_report(folder: Path) -> Shown:
 
 
 def _unit(line: Mapping[str, Any]) -> Unit:
+    left = line.get("left") or line  # what a cut left, which prices are of
     return Unit(
         line["name"],
         line["kind"],
-        tuple(line["shape"]),
+        tuple(left["shape"]),
         (line["kind"],),
-        line["groups"],
-        line["macs"],
+        left["groups"],
+        left["macs"],
         tuple(line["coupled"]),
     )
 

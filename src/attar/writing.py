@@ -13,6 +13,7 @@ from attar.export.onnx_graph import FloatGraph, float_graph, forget
 from attar.export.onnx_graph import readers as readers_of
 from attar.export.onnx_nodes import Codes, Stored
 from attar.load.folder import VERSION
+from attar.load.narrow import changed_sizes
 from attar.transform import groups
 from attar.transform.apply import biases
 from attar.transform.factorize_low_rank import FactorizeLowRank
@@ -48,6 +49,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "equalise": ("none", "auto", "learned"),
     "activations": ("none", "static", "dynamic"),
     "biases": ("kept", "moved"),
+    "cut": ("off", "auto", "only"),
 }
 
 
@@ -68,6 +70,36 @@ def check_form(recipe: Recipe) -> None:
             f"activations in 8 bits gain nothing in the form {recipe.to!r}, which runs in floats.",
             hint="add --to onnx, or leave --activations out.",
         )
+    _check_cut(recipe)
+
+
+def _check_cut(recipe: Recipe) -> None:
+    """Refuse what a cut does not go with."""
+    if recipe.cut == "off":
+        return
+    if recipe.to == "gguf":
+        raise SettingError(
+            "--cut leaves layers of different widths, which the files of llama.cpp do not hold.",
+            hint="leave --to gguf out, or --cut.",
+        )
+    if recipe.decide != "price":
+        raise SettingError(
+            f"--cut compares prices, and --decide {recipe.decide} has none.",
+            hint="leave --decide out, or --cut.",
+        )
+
+
+def check_all_sizes(recipe: Recipe) -> None:
+    """Refuse what depends on a size where there is none.
+
+    Raises:
+        SettingError: What is cut depends on what a byte is worth, which differs from size to size.
+    """
+    if recipe.cut != "off":
+        raise SettingError(
+            "what --cut leaves depends on the size, so one pricing does not do for all.",
+            hint="leave --cut or --frontier out.",
+        )
 
 
 def check_model(session: Session) -> None:
@@ -81,6 +113,11 @@ def check_model(session: Session) -> None:
         raise SettingError(
             f"the weights of {session.model.name} stay on disk, where they cannot be equalised.",
             hint="leave --equalise out.",
+        )
+    if session.recipe.cut != "off" and session.on_disk:
+        raise SettingError(
+            f"the weights of {session.model.name} stay on disk, where nothing can be cut.",
+            hint="leave --cut out.",
         )
     if session.recipe.to == "gguf":
         model = session.model
@@ -223,6 +260,7 @@ def estimated_overhead(session: Session) -> int:
 
 def _about_model(session: Session) -> dict[str, Any]:
     model = session.model
+    cut = {"cut": {"sizes": sizes_of(session)}} if session.cuts else {}
     return {
         "attar": VERSION,
         "model": model.name,
@@ -237,8 +275,14 @@ def _about_model(session: Session) -> dict[str, Any]:
             name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
             for name, t in model.examples.items()
         },
+        **cut,
         "provenance": session.provenance(),
     }
+
+
+def sizes_of(session: Session) -> dict[str, dict[str, int]]:
+    """Numbers of channels, heads and so on that parts of a model that was cut know otherwise."""
+    return changed_sizes(session.original.module, session.model.module)
 
 
 def _description(session: Session, decided: Decided) -> dict[str, Any]:

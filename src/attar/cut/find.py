@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from attar.coupling import CoupledGroup, CoupledUnits, HeadCount, Member
+from attar.cut.narrower import numbers_each
 from attar.cut.nodes import (
     BIAS,
     CONVOLUTION_GROUP,
@@ -162,10 +162,7 @@ def _group(
     members = tuple(
         Member(*key, torch.tensor([one[key] for one in parts]), key in readers) for key in parts[0]
     )
-    left = {one.parameter: list(tensors[one.parameter].shape) for one in members}
-    for one in members:
-        left[one.parameter][one.dim] -= one.indices.shape[1]
-    weights = sum(tensors[name].numel() - prod(shape) for name, shape in left.items())
+    weights = sum(numbers_each(module, members).values())
     kind = "channel"
     if counts or ONE_HEAD in reasons:
         kind = "head"

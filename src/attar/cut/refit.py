@@ -108,12 +108,15 @@ class _Left:
         self.inverse[gone, gone] = 1.0
 
 
-def cheapest_first(readers: Sequence[Reader], count: int) -> tuple[list[int], list[float]]:
+def cheapest_first(
+    readers: Sequence[Reader], count: int, stop: float = float("inf")
+) -> tuple[list[int], list[float]]:
     """Choose units to cut, one after the other.
 
     Args:
         readers: All that read the units of one group.
         count: How many to choose; fewer than there are.
+        stop: Nats from which on the next unit is too dear.
 
     Returns:
         The units in order, and what each adds in nats per prediction, on the data of the moments.
@@ -125,6 +128,8 @@ def cheapest_first(readers: Sequence[Reader], count: int) -> tuple[list[int], li
         prices = torch.stack([one.prices() for one in left]).sum(0)
         prices[chosen] = torch.inf
         unit = int(prices.argmin())
+        if prices[unit] > stop:
+            break
         chosen.append(unit)
         added.append(float(prices[unit]))
         for one in left:

@@ -17,6 +17,7 @@ from attar import disk
 from attar.errors import ModelError
 from attar.load.builders import TASKS, build_empty, fill
 from attar.load.fold import fold_again
+from attar.load.narrow import check_runs, narrow
 from attar.load.tensor_files import map_safetensors
 from attar.memory import release
 from attar.parallel import in_order
@@ -108,8 +109,10 @@ def load_folder(folder: AttarFolder, module: nn.Module | None = None) -> Model:
     for name, dense in in_order(lambda name: _decoded(folder, name), folder.tensors):
         state[f"{name}.weight"] = scratch.moved(dense)
         release()
+    if "cut" in described:
+        narrow(module, {name: tuple(t.shape) for name, t in state.items()}, described["cut"])
     _match_dtypes(module, state)
-    return Model(
+    model = Model(
         module=fill(module, state),
         task=TASKS[described["task"]],
         architecture=architecture,
@@ -120,6 +123,9 @@ def load_folder(folder: AttarFolder, module: nn.Module | None = None) -> Model:
         examples=_examples(described["examples"]),
         source_bytes=described["source_bytes"],
     )
+    if "cut" in described:
+        check_runs(model)
+    return model
 
 
 def _decoded(folder: AttarFolder, name: str) -> tuple[str, Tensor]:

@@ -17,17 +17,18 @@ from typing import Any
 from attar.errors import PlanError
 from attar.plan.activation_fields import activations_from_dict, activations_to_dict
 from attar.plan.candidates import Build
+from attar.plan.cut_fields import cut_to_dict, cuts_from_dict, rounded
 from attar.plan.planfile import (
     equalised_from_dict,
     equalised_to_list,
     recipe_from_dict,
     recipe_to_dict,
-    rounded,
 )
 from attar.records import (
     AGREES_WITHIN,
     Candidate,
     Cost,
+    Cut,
     Equalised,
     Frontier,
     FrontierPoint,
@@ -97,6 +98,7 @@ def frontier_to_json(frontier: Frontier) -> str:
         "recipe": recipe_to_dict(replace(frontier.recipe, size="")),
         "keep": list(frontier.recipe.keep),
         "equalised": equalised_to_list(frontier.equalised),
+        **({"cuts": [cut_to_dict(cut) for cut in frontier.cuts]} if frontier.cuts else {}),
         "n_parameters": frontier.n_parameters,
         "bytes_at_16_bits": frontier.bytes_at_16_bits,
         "overhead_bytes": frontier.overhead_bytes,
@@ -132,20 +134,21 @@ def _candidate_to_dict(candidate: Candidate) -> dict[str, Any]:
 
 
 def read_prices(
-    path: Path, units_of: Callable[[Recipe], Units], build: Build
-) -> tuple[dict[str, list[Candidate]], tuple[Equalised, ...]]:
+    path: Path, units_of: Callable[[Recipe, Sequence[Cut]], Units], build: Build
+) -> tuple[dict[str, list[Candidate]], tuple[Equalised, ...], tuple[Cut, ...]]:
     """Read the candidates of a frontier's file, whose bytes are worked out again, and what was
-    equalised before they were priced.
+    equalised and cut before they were priced.
 
     Args:
-        units_of: The recipe in the file to the units of its model.
+        units_of: The recipe in the file, and what it cuts, to the units that are left of its model.
         build: Treatment and settings to a transform; raises SettingError on bad ones.
 
     Raises:
         PlanError: The file is not a frontier, or not of this model.
     """
     content = _read_json(path)
-    units = units_of(recipe_from_dict(content))
+    cuts = cuts_from_dict(content)
+    units = units_of(recipe_from_dict(content), cuts)
     listed = content.get("units")
     if not isinstance(listed, dict) or sorted(listed) != sorted(unit.name for unit in units):
         raise PlanError(f"{path} does not list the units of {content['model']}.", hint=_HINT)
@@ -157,7 +160,7 @@ def read_prices(
         candidates[unit.name] = [_candidate(unit, line, build) for line in lines]
         if all(c.predicted_damage is None for c in candidates[unit.name]):
             raise PlanError(f"{path} leaves {unit.name!r} nothing to choose.", hint=_HINT)
-    return candidates, equalised_from_dict(content)
+    return candidates, equalised_from_dict(content), cuts
 
 
 def _candidate(unit: Unit, line: Any, build: Build) -> Candidate:

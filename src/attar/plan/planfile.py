@@ -12,7 +12,8 @@ import yaml
 
 from attar.errors import PlanError
 from attar.plan.activation_fields import activations_from_dict, activations_to_dict
-from attar.records import Budget, Candidate, Equalised, Plan, Recipe, Transform, Units
+from attar.plan.cut_fields import cuts_from_dict, cuts_to_dict, rounded
+from attar.records import Budget, Candidate, Cut, Equalised, Plan, Recipe, Transform, Units
 
 VERSION = 1
 # Said elsewhere in the plan, for the user alone to say, or without a bearing on the result.
@@ -45,6 +46,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         ],
         "notes": list(plan.notes),
         "equalised": equalised_to_list(plan.equalised),
+        **cuts_to_dict(plan),
         "units": {
             name: {
                 "treatment": c.treatment,
@@ -137,9 +139,12 @@ def plan_to_yaml(plan: Plan) -> str:
     units = content.pop("units")
     rounds = content.pop("rounds")
     equalised = content.pop("equalised")
+    listed = {key: content.pop(key) for key in ("contenders", "cuts") if key in content}
     text: str = HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     text += _lines("rounds", [f"- {_flow(r)}" for r in rounds], "[]")
     text += _lines("equalised", [f"- {_flow(one)}" for one in equalised], "[]")
+    for key, lines in listed.items():
+        text += _lines(key, [f"- {_flow(one)}" for one in lines], "[]")
     return text + _lines("units", [f"  {_flow(n)}: {_flow(u)}" for n, u in units.items()], "{}")
 
 
@@ -152,20 +157,15 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def rounded(number: float) -> float:
-    """Six digits: more would not be read, and differ between machines."""
-    return float(f"{number:.6g}")
-
-
 def read_plan(
     path: Path,
-    units_of: Callable[[Recipe], Units],
+    units_of: Callable[[Recipe, Sequence[Cut]], Units],
     build: Callable[[str, Mapping[str, Any]], Transform],
 ) -> Plan:
     """Read a plan that may have been edited by hand, and work out its bytes again.
 
     Args:
-        units_of: The plan's recipe to the units of its model.
+        units_of: The plan's recipe, and what it cuts, to the units that are left of its model.
         build: Treatment and settings to a transform; raises SettingError on bad ones.
 
     Raises:
@@ -174,7 +174,8 @@ def read_plan(
     """
     content = _read_yaml(path)
     recipe = recipe_from_dict(content)
-    units = units_of(recipe)
+    cuts = cuts_from_dict(content)
+    units = units_of(recipe, cuts)
     named = _field(content, "units", dict)
     names = [unit.name for unit in units]
     for name in named:
@@ -203,6 +204,7 @@ def read_plan(
         data=recipe.data or "",
         recipe=recipe,
         equalised=equalised_from_dict(content),
+        cuts=cuts,
     )
     _check_budget(plan, named)
     return plan

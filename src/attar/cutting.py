@@ -15,7 +15,14 @@ from attar.audit.fidelity import measure
 from attar.coupling import CoupledGroup, CoupledUnits, CutPrice, CutTrial, Member
 from attar.cut import cut_out, find_coupled
 from attar.cut.find import Run, check_same
-from attar.cut.refit import Reader, cheapest_first, refitted, weighted
+from attar.cut.refit import (
+    DAMPING_FRACTION,
+    Reader,
+    cheapest_first,
+    held_out_damping,
+    refitted,
+    weighted,
+)
 from attar.cut.surgery import Removed, masked
 from attar.explain.price import bias_change
 from attar.load.units import list_units
@@ -110,7 +117,7 @@ def readers(
         if member.reads:
             unit = session.units.named(member.parameter.removesuffix(".weight"))
             terms = statistics.curvatures[unit.name]
-            moment = _moment(terms)
+            moment, damping = _moment(terms), damping_of(session, statistics, unit)
             root = math.sqrt((factors or {}).get(unit.name, 1.0))
             for term in terms:
                 known = term.columns
@@ -119,7 +126,21 @@ def readers(
                     weight=root * weighted(session.weight(unit), term.rows),
                     moment=diagonal if moment is None else moment,
                     columns=_columns(member, unit),
+                    damping=damping,
                 )
+
+
+def damping_of(session: Session, statistics: Statistics, unit: Unit) -> float:
+    """What is added to the power of each column that enters a unit, as a fraction of their mean.
+
+    A language model's sequences hold thousands of predictions, so there it is the least.
+    """
+    terms = statistics.curvatures[unit.name]
+    if session.predicts_everywhere or _moment(terms) is None:
+        return DAMPING_FRACTION
+    (term,) = terms
+    weight = weighted(session.weight(unit), term.rows)
+    return held_out_damping(weight, term.first[0], term.second[0])
 
 
 def _moment(terms: Sequence[Curvature]) -> Tensor | None:
@@ -159,7 +180,8 @@ def fit(
     for unit, gone in _gone(session, groups, removed).items():
         weight, terms = session.weight(unit), statistics.curvatures[unit.name]
         moment = _moment(terms)
-        fitted = refitted(weight, torch.ones(1) if moment is None else moment, gone)
+        damping = damping_of(session, statistics, unit)
+        fitted = refitted(weight, torch.ones(1) if moment is None else moment, gone, damping)
         new[unit.name + ".weight"] = fitted.reshape(unit.shape)
         bias = session.bias(unit)
         if bias is not None and len(terms) == 1 and terms[0].means is not None:

@@ -25,6 +25,7 @@ from attar import (
     behaving,
     comparing,
     corrupting,
+    cut_again,
     decide,
     drifting,
     equalising,
@@ -198,7 +199,7 @@ def apply(model: Model, plan: Plan, *, data: Arrays = None) -> Model:
 def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
     recipe = plan.recipe or Recipe(model=model.name, seed=plan.seed)
     session = _open(recipe, model, data if data is not None else recipe.data, None)
-    names = {unit.name for unit in narrowing.units_after(session, plan.cuts)}
+    names = {unit.name for unit in cut_again.units_after(session, plan.cuts)}
     strange = names.symmetric_difference(plan.choices)
     if strange:
         raise PlanError(
@@ -211,7 +212,7 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
     session, statistics = equalising.follow(session, known.statistics, plan.equalised)
-    session, statistics = narrowing.follow(session, statistics, plan.cuts)
+    session, statistics = cut_again.follow(session, statistics, plan.cuts)
     return Made(model, known, decide.follow(session, plan, statistics), session)
 
 

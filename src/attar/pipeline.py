@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from attar import comparing, decide, equalising, judging, narrowing, sizing, writing
+from attar import comparing, cut_again, decide, equalising, judging, narrowing, sizing, writing
 from attar.auditing import Auditor, Wishes
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -89,7 +89,7 @@ def compress_session(
             way = narrowing.plan(*equalising.equalise(session, statistics))
         else:
             session, statistics = equalising.follow(session, statistics, priced.equalised)
-            session, statistics = narrowing.follow(session, statistics, priced.cuts)
+            session, statistics = cut_again.follow(session, statistics, priced.cuts)
             way = narrowing.solved(session, statistics, priced.candidates)
         sizes = sizing.around(way.session, way.candidates, way.decided, way.statistics)
         sizes = replace(sizes, opens_again=opens_again)
@@ -116,7 +116,7 @@ def apply_plan_file(
         statistics = decide.explain(session)
         scores, relevance = score_all(session, statistics), decide.relevance(statistics)
         session, statistics = equalising.follow(session, statistics, plan.equalised)
-        session, statistics = narrowing.follow(session, statistics, plan.cuts)
+        session, statistics = cut_again.follow(session, statistics, plan.cuts)
         decided = decide.follow(session, plan, statistics)
         del statistics
         return finish(session, decided, scores, relevance, out, forecast)
@@ -162,7 +162,7 @@ def finish(
             forecast_memory_bytes=forecast,
             provenance=session.provenance(),
             frontier=sizes,
-            left=narrowing.left_of_units(session),
+            left=cut_again.left_of_units(session),
         )
         write_what_was_decided(report, partial / "report")
         write_report(report, partial / "report")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from attar import narrowing
+from attar import cut_again
 from attar.decide import Candidates
 from attar.errors import PlanError
 from attar.load.model import is_factory
@@ -81,7 +81,7 @@ def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tu
         if is_factory(planned.model):
             own = replace(own, model=_named_code(planned.model, recipe.factory), factory=None)
         opened.append(open_recipe(own, progress))
-        return narrowing.units_after(opened[0], cuts)
+        return cut_again.units_after(opened[0], cuts)
 
     made = read(units_of, build_transform)
     return made, opened[0]

@@ -24,6 +24,28 @@ def numbers_each(module: nn.Module, members: Iterable[Member]) -> dict[str, int]
     return {name: tensors[name].numel() - prod(shape) for name, shape in left.items()}
 
 
+def numbers_gone(
+    module: nn.Module, groups: Sequence[CoupledGroup], removed: Removed
+) -> dict[str, int]:
+    """Group to how many numbers go with its units; what two take goes with the first of them.
+
+    Args:
+        module: As it is before.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shapes: dict[str, list[int]] = {}
+    found = {}
+    for group in groups:
+        count, before = len(removed.get(group.name, ())), 0
+        held = dict.fromkeys(one.parameter for one in group.members) if count else {}
+        for name in held:
+            before += prod(shapes.setdefault(name, list(tensors[name].shape)))
+        for member in group.members if count else ():
+            shapes[member.parameter][member.dim] -= count * member.indices.shape[1]
+        found[group.name] = before - sum(prod(shapes[name]) for name in held)
+    return found
+
+
 def narrower(
     module: nn.Module, groups: Sequence[CoupledGroup], removed: Removed
 ) -> tuple[CoupledGroup, ...]:

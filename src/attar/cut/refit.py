@@ -24,6 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 DAMPING_FRACTION = 0.01
+# Tried where a moment may be of few samples; the least is what rounding with feedback adds.
+DAMPINGS = (DAMPING_FRACTION, 0.1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Reader:
         weight: With the root of R on its left, so that rows count alike.
         moment: A, or its diagonal where no more is known; then nothing can be fitted again.
         columns: That go with each unit.
+        damping: See `factor_of`.
     """
 
     weight: Float[Tensor, "rows columns"]
     moment: Tensor
     columns: Int[Tensor, "units width"]
+    damping: float | None = None
 
 
 def weighted(weight: Float[Tensor, "rows columns"], rows: Tensor) -> Float[Tensor, "rows columns"]:
@@ -50,16 +54,22 @@ def weighted(weight: Float[Tensor, "rows columns"], rows: Tensor) -> Float[Tenso
     return root
 
 
-def factor_of(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+def factor_of(
+    moment: Float[Tensor, "columns columns"], damping: float | None = None
+) -> Float[Tensor, "columns columns"]:
     """Cholesky factor, after a share of the mean power is added to each column's own.
 
-    As rounding with feedback does. A moment that was kept in 16 bits may have eigenvalues below
-    zero by more than that share; then it is added tenfold until it is enough.
+    A moment that was kept in 16 bits may have eigenvalues below zero by more than that share; then
+    it is added tenfold until it is enough.
+
+    Args:
+        damping: That share; None for what rounding with feedback adds.
     """
     exact = moment.double()
     mean = exact.diagonal().mean()
     assert bool(mean.isfinite())  # a model with such weights is refused before
-    ridge = DAMPING_FRACTION * mean if mean > 0 else torch.ones_like(mean)
+    share = DAMPING_FRACTION if damping is None else damping
+    ridge = share * mean if mean > 0 else torch.ones_like(mean)
     while True:
         damped = exact + ridge * torch.eye(len(exact), dtype=torch.float64)
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -77,7 +87,7 @@ class _Left:
         self.weight = reader.weight.double().clone()
         self.inverse: Tensor | None = None
         if reader.moment.dim() == 2:
-            self.inverse = torch.cholesky_inverse(factor_of(reader.moment))
+            self.inverse = torch.cholesky_inverse(factor_of(reader.moment, reader.damping))
         else:
             powers = reader.moment.double() * self.weight.square().sum(0)
             self.fixed = 0.5 * powers[self.columns].sum(1)
@@ -137,13 +147,42 @@ def cheapest_first(
     return chosen, added
 
 
+def held_out_damping(
+    weight: Float[Tensor, "rows columns"],
+    first: Float[Tensor, "columns columns"],
+    second: Float[Tensor, "columns columns"],
+) -> float:
+    """Choose a damping: that with which other columns foretell each best on other samples.
+
+    A few dozen pictures say which of a thousand channels could take another's part over, and other
+    pictures say that they cannot.
+
+    Args:
+        weight: With the root of R on its left.
+        first: A of some samples, on which columns are fitted to one another.
+        second: A of the others, on which what is left of each is seen.
+    """
+    sizes, best, least = weight.double().square().sum(0), DAMPINGS[0], float("inf")
+    for damping in DAMPINGS:
+        inverse = torch.cholesky_inverse(factor_of(first, damping))
+        left = ((inverse @ second.double()) * inverse).sum(1) / inverse.diagonal().square()
+        total = float((left * sizes).sum())
+        if total < least:
+            best, least = damping, total
+    return best
+
+
 def refitted(
-    weight: Float[Tensor, "rows columns"], moment: Tensor, gone: Int[Tensor, " gone"]
+    weight: Float[Tensor, "rows columns"],
+    moment: Tensor,
+    gone: Int[Tensor, " gone"],
+    damping: float | None = None,
 ) -> Float[Tensor, "rows columns"]:
     """Fit a weight again without some columns, which become zero.
 
     Args:
         moment: A, or its diagonal: then the others stay as they are.
+        damping: See `factor_of`.
     """
     new = weight.double().clone()
     new[:, gone] = 0.0
@@ -151,7 +190,7 @@ def refitted(
         stays = torch.ones(weight.shape[1], dtype=torch.bool)
         stays[gone] = False
         kept = stays.nonzero().flatten()
-        root = factor_of(moment[kept][:, kept])
+        root = factor_of(moment[kept][:, kept], damping)
         over = torch.cholesky_solve(moment[kept][:, gone].double(), root)
         new[:, kept] += weight[:, gone].double() @ over.T
     return new.to(weight.dtype)

@@ -26,6 +26,7 @@ from attar.errors import BudgetError, ModelError, PlanError, SettingError
 from attar.load.folder import load_folder, read_folder
 from attar.load.narrow import changed_sizes, narrow
 from attar.records import Recipe
+from attar.report.terminal import report_to_text
 from attar.transform.apply import build_transform
 
 # ---------------------------------------------------------------------------------------------
@@ -241,6 +242,25 @@ def test_what_is_read_back_answers_as_what_was_decided(made):
     assert torch.equal(again.task.forward(again.module, inputs), one)
 
 
+def test_the_report_says_what_was_cut_group_by_group(made):
+    folder, _, report = made
+    facts = json.loads((folder / "small/report/report.json").read_text())
+    cuts, shapes = facts["cuts"], [one.get("left", {}).get("shape") for one in facts["units"]]
+    for group in cuts["groups"]:
+        own = [cut for cut in report.plan.cuts if cut.group == group["group"]]
+        assert group["units"] == sum(len(cut.units) for cut in own)
+        assert group["weights"] == sum(cut.weights for cut in own)
+        assert group["predicted_damage"] >= 0 and group["measured_damage"] >= 0
+    gone = sum(group["weights"] for group in cuts["groups"])
+    assert cuts["numbers"]["before"] - cuts["numbers"]["after"] == gone
+    assert cuts["macs"]["after"] < cuts["macs"]["before"]
+    text = report_to_text(report)
+    assert f"{sum(len(cut.units) for cut in report.plan.cuts)} units of 2 groups" in text
+    page = (folder / "small/report/report.html").read_text()
+    assert "What was cut" in page and "then rounding" in page
+    assert shapes[1] == list(report.left["3"].shape) != [48, 64]
+
+
 def test_the_audit_says_what_the_cut_alone_cost(made):
     _, _, report = made
     (claim,) = [one for one in report.verdict.groups if one.group == "cut"]
@@ -254,7 +274,8 @@ def test_where_rounding_alone_is_better_nothing_is_cut_and_the_bytes_are_the_sam
     plain = pipeline.compress(asked, tmp_path / "plain")
     tried = pipeline.compress(replace(asked, cut="auto"), tmp_path / "tried")
     assert files(tmp_path / "plain") == files(tmp_path / "tried")
-    assert not plain.plan.contenders and len(tried.plan.contenders) > 1
+    assert not plain.plan.contenders and tried.plan.contenders
+    assert any("nothing was cut" in note for note in tried.plan.notes)
     assert tried.plan.contenders[0].is_chosen and not tried.plan.cuts
     text = (tmp_path / "plain/report/plan.yaml").read_text()
     assert "cut" not in text and "contenders" not in text

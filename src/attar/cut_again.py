@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
-from attar import cutting, decide
+import torch
+
+from attar import cost, cutting, decide
 from attar.cut_turns import Narrow, gathered_for, left_whole, opened, without
 from attar.errors import PlanError
-from attar.records import Cut, Statistics, Unit, Units
+from attar.records import Cut, Narrowed, Statistics, Unit, Units
 from attar.session import Session
+
+# Forward passes of which the shortest is taken.
+TIMED = 5
 
 
 def follow(
@@ -57,6 +63,31 @@ def left_of_units(session: Session) -> dict[str, Unit]:
     """Unit name to what a cut left of it; without units that are whole."""
     whole = {unit.name: unit for unit in session.before_cuts.units}
     return {unit.name: unit for unit in session.units if unit.shape != whole[unit.name].shape}
+
+
+def narrowed(session: Session) -> Narrowed | None:
+    """Count and time what cutting alone changed; None where nothing was cut."""
+    if not session.cuts:
+        return None
+    whole = session.before_cuts
+    before, after = (cost.count_numbers(one.units, one.units.leftovers) for one in (whole, session))
+    return Narrowed(
+        numbers=(before, after),
+        macs=(cost.total_macs(whole.units), cost.total_macs(session.units)),
+        milliseconds=_timed(whole, session),
+    )
+
+
+def _timed(whole: Session, session: Session) -> tuple[float, float]:
+    """Milliseconds of a forward pass of both; in turn, so that other work meets both alike."""
+    least = [float("inf"), float("inf")]
+    for _ in range(TIMED):
+        for place, one in enumerate((whole, session)):
+            start = time.perf_counter()
+            with torch.no_grad():
+                one.model.task.forward(one.model.module, one.model.examples)
+            least[place] = min(least[place], 1000 * (time.perf_counter() - start))
+    return least[0], least[1]
 
 
 def check_cuts(session: Session, narrow: Narrow, cuts: Sequence[Cut]) -> None:

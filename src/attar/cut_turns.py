@@ -6,10 +6,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from attar import cutting
+from attar.audit.fidelity import measure
 from attar.coupling import CoupledGroup
 from attar.cut import cut_out, narrower
 from attar.cut.choose import Offer, choose
@@ -17,16 +19,20 @@ from attar.cut.find import check_same
 from attar.cut.narrower import numbers_each, numbers_gone
 from attar.cut.refit import cheapest_first
 from attar.errors import CutError
+from attar.explain.probe import Changes
 from attar.load.units import list_units
 from attar.parallel import in_order
 from attar.plan import candidates as menus
-from attar.records import Cut, Statistics
+from attar.records import Batch, Cut, Statistics
 from attar.session import Session
+from attar.sites import substituted
 
 # Of the worth of all that should go, what may go in one turn: the rest is priced again after it.
 SHARES_PER_TURN = (1 / 3, 1 / 6, 1 / 12, 1 / 24)
 # Of each group's units, those on which it is found how much more cuts do than A and G say.
 PROBED_SHARE = 0.1
+# Of the recovery data, on what the cut of each group is measured alone.
+ALONE_SHARE = 0.25
 # Of a group's units, what goes at most in one turn.
 MOST_OF_A_GROUP = 0.5
 # Of a measured ratio of damages, what is believed at most.
@@ -150,7 +156,8 @@ def turn(narrow: Narrow, worth: Worth) -> tuple[Narrow, bool]:
             notes = (*session.notes, f"not cut any further: {error.problem}")
             return replace(narrow, session=replace(session, notes=notes)), False
         priced = cutting.price_fits(about, [new])[0]
-    cuts = tuple(_cuts(narrow, removed, priced))
+        alone = _each_alone(narrow, about, removed, new)
+    cuts = tuple(_cuts(narrow, removed, priced, alone))
     factors = _corrected(narrow, offers, removed, priced)
     return replace(without(narrow, removed, new, cuts), factors=factors, damage=damage), True
 
@@ -240,8 +247,34 @@ def _reading(group: CoupledGroup) -> list[str]:
     )
 
 
+def _each_alone(
+    narrow: Narrow, about: Session, removed: Mapping[str, Sequence[int]], new: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Measure what the cut of each group alone costs on a little of the recovery data."""
+    module, task, found = about.model.module, about.model.task, {}
+    batches = about.data.recovery[: max(1, round(ALONE_SHARE * len(about.data.recovery)))]
+    for group in narrow.groups:
+        if group.name not in removed:
+            continue
+        units = [about.units.named(name) for name in _reading(group)]
+        names = {name for unit in units for name in (f"{unit.name}.weight", unit.bias)}
+        tensors = {name: partial(Tensor.detach, new[name]) for name in names if name in new}
+
+        def cut(batch: Batch, tensors: Changes = tensors) -> Tensor:
+            with substituted(module, tensors):
+                return task.forward(module, batch)
+
+        found[group.name] = measure(
+            about.model, cut, batches, about.divergence, progress=about.progress, stage="measure"
+        ).mean_divergence
+    return found
+
+
 def _cuts(
-    narrow: Narrow, removed: Mapping[str, Sequence[int]], priced: Mapping[str, float]
+    narrow: Narrow,
+    removed: Mapping[str, Sequence[int]],
+    priced: Mapping[str, float],
+    alone: Mapping[str, float],
 ) -> Iterator[Cut]:
     """Write down what goes; the price of what reads several groups is split among them."""
     by_name = {group.name: group for group in narrow.groups}
@@ -261,6 +294,7 @@ def _cuts(
             of=narrow.counts[name],
             weights=gone[name],
             predicted_damage=nats,
+            measured_damage=alone[name],
         )
 
 

@@ -10,7 +10,7 @@ measures better than what came before, there is another turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from attar import cost, decide, writing
@@ -146,8 +146,31 @@ def _with_contenders(best: Way, ways: Sequence[Way]) -> Way:
         )
         for way in ways
     )
-    decided = best.decided
+    decided = best.decided.noting(list(_notes(best, ways)))
     return replace(best, decided=replace(decided, plan=replace(decided.plan, contenders=listed)))
+
+
+def _notes(best: Way, ways: Sequence[Way]) -> Iterator[str]:
+    """Say what was cut, and what the other ways measured."""
+    alone, cuts = ways[0], best.session.cuts
+    if len(ways) == 1:
+        yield "nothing was cut: no share of what could go measured to be worth its bytes."
+    elif not cuts:
+        yield (
+            f"nothing was cut: rounding alone measured {alone.measured:.3g} nats on recovery data, "
+            f"and with a cut before it {min(way.measured for way in ways[1:]):.3g}."
+        )
+    else:
+        numbers, whole = (
+            cost.count_numbers(way.session.units, way.session.units.leftovers)
+            for way in (best, alone)
+        )
+        yield (
+            f"cut: {sum(len(cut.units) for cut in cuts)} units of "
+            f"{len({cut.group for cut in cuts})} groups, {1 - numbers / whole:.1%} of all numbers, "
+            f"which measured {best.cut_damage:.3g} nats on recovery data; with rounding "
+            f"{best.measured:.3g}, and {alone.measured:.3g} by rounding alone."
+        )
 
 
 def _only_cut(session: Session) -> Way:
@@ -164,7 +187,7 @@ def _only_cut(session: Session) -> Way:
             of_rest=float(cost.FLOAT16_BYTES),
             at_most=float("inf"),
             shares=(1.0,),
-            enough=min(over, SHARE_OF_BYTES * size),
+            enough=float(min(over, SHARE_OF_BYTES * size)),
         )
         narrow, done = turn(narrow, worth)
         if not done:

@@ -163,6 +163,7 @@ def finish(
             provenance=session.provenance(),
             frontier=sizes,
             left=cut_again.left_of_units(session),
+            narrowed=cut_again.narrowed(session),
         )
         write_what_was_decided(report, partial / "report")
         write_report(report, partial / "report")

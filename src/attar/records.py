@@ -581,6 +581,22 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Narrowed:
+    """What cutting alone changed, before anything was rounded; each first of the original.
+
+    Attributes:
+        numbers: That the model holds.
+        macs: Multiply-accumulates for one sample of the example inputs.
+        milliseconds: Of one forward pass in float32 over the example inputs, the shortest of
+            several, on this machine.
+    """
+
+    numbers: tuple[int, int]
+    macs: tuple[int, int]
+    milliseconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Equalised:
     """A change of channels that was folded into the weights before they were rounded.
 
@@ -1286,6 +1302,7 @@ class Report:
         provenance: Versions, seed, hashes, data origin, hardware.
         frontier: Other sizes, from the same prices; None where nothing was priced.
         left: Unit name to what a cut left of it; without units that are whole.
+        narrowed: What was cut, in numbers; None where nothing was.
     """
 
     model: str
@@ -1309,6 +1326,7 @@ class Report:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     frontier: Frontier | None = None
     left: Mapping[str, Unit] = field(default_factory=dict)
+    narrowed: Narrowed | None = None
 
 
 @dataclass(frozen=True)

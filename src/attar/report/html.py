@@ -51,6 +51,7 @@ def page_text(facts: dict[str, Any], token: str = "") -> str:
         .get_template("page.html.j2")
         .render(
             facts=facts,
+            cuts=facts.get("cuts"),  # not in a record of before there were any
             script=script,
             script_hash=digest,
             style=style,

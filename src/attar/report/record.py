@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attar.records import AGREES_WITHIN
+from attar.report.cuts import cuts_to_json
 from attar.report.sizes import sizes_to_json
 from attar.report.wording import size_text, times_text
 
@@ -60,6 +61,7 @@ def report_to_json(report: Report) -> dict[str, Any]:
         "size": _size(report, units),
         "verdict": verdict_to_json(report.verdict),
         "plan": plan_to_json(report.plan),
+        "cuts": cuts_to_json(report),
         "worth": _worth(report.scores),
         "units": units,
         "treatments": _treatments(units),

@@ -20,6 +20,7 @@ from attar.report.audit_text import (
     slice_parts,
     truth_rows,
 )
+from attar.report.cuts import cut_rows
 from attar.report.drift_text import drift_parts
 from attar.report.layout import bullet, facts_table, heading, plain_table, render
 from attar.report.record import (
@@ -107,6 +108,7 @@ def _report_parts(facts: Mapping[str, Any]) -> list[RenderableType]:
     table = facts_table()
     for name, value in [
         *_size_rows(size),
+        *cut_rows(facts["cuts"]),
         *_loss_rows(verdict, prediction_noun(facts["model"]["task"])),
         ("time", duration_text(facts["seconds_total"])),
         (

@@ -71,7 +71,7 @@ def read_back(made: Frontier, session: Session) -> decide.Candidates:
     with TemporaryDirectory() as folder:
         file = Path(folder) / FRONTIER_FILE
         file.write_text(frontier_to_json(made), encoding="utf-8")
-        return read_prices(file, lambda _: session.units, build_transform)[0]
+        return read_prices(file, lambda *_: session.units, build_transform)[0]
 
 
 def carried_out(

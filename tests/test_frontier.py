@@ -109,11 +109,11 @@ def test_every_point_when_applied_loses_what_it_says_or_is_flagged():
 def test_the_file_gives_the_same_prices_back(made):
     folder, frontier = made
     session = open_recipe(frontier.recipe)
-    found, equalised = read_prices(
-        folder / "frontier.json", lambda _: session.units, build_transform
+    found, equalised, cuts = read_prices(
+        folder / "frontier.json", lambda *_: session.units, build_transform
     )
     assert found == {name: list(of) for name, of in frontier.candidates.items()}
-    assert equalised == ()
+    assert equalised == cuts == ()
     assert "<svg" in (folder / "frontier.html").read_text()
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_refused(made, tmp_path, change, says):
     path = tmp_path / "frontier.json"
     path.write_text(json.dumps(content))
     with pytest.raises(PlanError, match=says):
-        read_prices(path, lambda _: session.units, build_transform)
+        read_prices(path, lambda *_: session.units, build_transform)
 
 
 def test_the_command_line_asks_for_one_size_or_all(capsys, tmp_path):

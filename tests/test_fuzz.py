@@ -148,11 +148,11 @@ def _sign_again(folder: Path) -> None:
 def test_a_broken_plan(sources, tmp_path, seed):
     path = tmp_path / "plan.yaml"
     path.write_bytes(breaks((sources / "plan.yaml").read_bytes(), seed))
-    loads_or_refuses(lambda: read_plan(path, lambda _recipe: UNITS, build_transform))
+    loads_or_refuses(lambda: read_plan(path, lambda *_: UNITS, build_transform))
 
 
 def test_the_plan_itself_is_read(sources):
-    plan = read_plan(sources / "plan.yaml", lambda _recipe: UNITS, build_transform)
+    plan = read_plan(sources / "plan.yaml", lambda *_: UNITS, build_transform)
     assert plan.weight_bytes < 3000 and list(plan.choices) == ["a", "b.c"]
 
 
@@ -162,7 +162,7 @@ def test_references_that_unfold_to_gigabytes_are_refused(tmp_path):
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     (tmp_path / "plan.yaml").write_text("\n".join([*lines, PLAN.replace("keep: []", "keep: *a11")]))
     with pytest.raises(AttarError, match="references"):
-        read_plan(tmp_path / "plan.yaml", lambda _r: UNITS, build_transform)
+        read_plan(tmp_path / "plan.yaml", lambda *_: UNITS, build_transform)
 
 
 def test_a_tag_in_a_plan_runs_nothing(tmp_path):
@@ -171,7 +171,7 @@ def test_a_tag_in_a_plan_runs_nothing(tmp_path):
     (tmp_path / "plan.yaml").write_text(
         PLAN.replace("some/model", "!!python/object/apply:os.getcwd []")
     )
-    loads_or_refuses(lambda: read_plan(tmp_path / "plan.yaml", lambda _r: UNITS, build_transform))
+    loads_or_refuses(lambda: read_plan(tmp_path / "plan.yaml", lambda *_: UNITS, build_transform))
 
 
 @pytest.mark.parametrize("seed", range(30))

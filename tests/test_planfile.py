@@ -40,7 +40,7 @@ def plan(recipe=None, **more):
 def read(text, folder):
     path = folder / "plan.yaml"
     path.write_text(text, encoding="utf-8")
-    return read_plan(path, lambda recipe: UNITS, build_transform)
+    return read_plan(path, lambda *_: UNITS, build_transform)
 
 
 def edited(folder, old, new, count=1):
@@ -195,7 +195,7 @@ def test_bytes_that_are_no_text_and_a_missing_file_are_refused(tmp_path):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(PlanError, match=r"plan\.yaml"):
-            read_plan(path, lambda recipe: UNITS, build_transform)
+            read_plan(path, lambda *_: UNITS, build_transform)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_any_edit_gives_a_plan_or_a_refusal(at, put, cut, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "edited.yaml"
     path.write_text(text[:at] + put + text[at + cut :], encoding="utf-8", newline="")
     try:
-        back = read_plan(path, lambda recipe: UNITS, build_transform)
+        back = read_plan(path, lambda *_: UNITS, build_transform)
     except (PlanError, SettingError) as error:
         assert error.hint
     else:

@@ -142,7 +142,7 @@ def test_the_only_measured_point_is_the_model_itself(small):
 def test_a_solved_size_is_the_plan_that_the_same_prices_give(small):
     session = open_recipe(open_report(small).recipe)
     path = small / "report" / "frontier.json"
-    candidates, _ = read_prices(path, lambda _: session.units, build_transform)
+    candidates, *_ = read_prices(path, lambda *_: session.units, build_transform)
     shown = open_report(small)
     overhead = shown.facts["frontier"]["overhead_bytes"]
     trials = Trials(session, decide.explain(session))

@@ -10,7 +10,7 @@ measures better than what came before, there is another turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attar import cost, decide, writing
@@ -69,16 +69,21 @@ def plan(session: Session, statistics: Statistics) -> Way:
     """
     if session.recipe.cut == "only":
         return _only_cut(session)
-    best = _rounded(session, statistics)
+    candidates = decide.price(session, statistics)
+    try:
+        best = solved(session, statistics, candidates)
+    except BudgetError:
+        if session.recipe.cut == "off":
+            raise
+        return _cut_first(session, statistics, candidates)
     if session.recipe.cut == "off":
         return best
-    ways = [best]
-    narrow = opened(session, statistics.coherence.get("", {}))
+    ways, narrow = [best], opened(session, {})
     while narrow.turn < MOST_TURNS:
-        narrow, done = turn(narrow, _worth_of(best))
+        narrow, done = turn(narrow, worth_of(best))
         if not done:
             break
-        way = _rounded_after(narrow)
+        way = rounded_after(narrow)
         ways.append(way)
         if way.measured >= best.measured:
             break
@@ -86,26 +91,24 @@ def plan(session: Session, statistics: Statistics) -> Way:
     return _with_contenders(best, ways)
 
 
-def _rounded(session: Session, statistics: Statistics) -> Way:
-    return solved(session, statistics, decide.price(session, statistics))
-
-
 def solved(session: Session, statistics: Statistics, candidates: Candidates) -> Way:
     """Meet the budget with what was priced."""
     return Way(session, statistics, candidates, decide.plan(session, candidates, statistics))
 
 
-def _rounded_after(narrow: Narrow) -> Way:
+def rounded_after(narrow: Narrow) -> Way:
     """Gather, price and decide with the network that was cut.
 
     What trains the smaller network against the original belongs before this: it is given a session
     and gives one back.
     """
     session = narrow.session
-    return replace(_rounded(session, decide.explain(session)), cut_damage=narrow.damage)
+    statistics = decide.explain(session)
+    way = solved(session, statistics, decide.price(session, statistics))
+    return replace(way, cut_damage=narrow.damage)
 
 
-def _worth_of(way: Way) -> Worth:
+def worth_of(way: Way) -> Worth:
     """What numbers that go return at a plan: their bytes to others, and their own rounding."""
     session, choices = way.session, way.decided.plan.choices
     nats_per_byte = _worth_of_a_byte(way)
@@ -173,33 +176,50 @@ def _notes(best: Way, ways: Sequence[Way]) -> Iterator[str]:
         )
 
 
-def _only_cut(session: Session) -> Way:
-    """Cut until everything in 16 bits fits, and round nothing more.
+def _cut_until_it_fits(
+    session: Session, bytes_each: Mapping[str, float], why: str, hint: str
+) -> Narrow:
+    """Cut the units that cost least for their bytes until what is left fits the budget.
+
+    Args:
+        bytes_each: Unit name to bytes that one number of its weight takes.
+        why: Said where it cannot: "... leaves at least".
 
     Raises:
         BudgetError: What cannot be cut is larger than the budget.
     """
-    narrow = opened(session, {})
-    while (over := _bytes_over(narrow.session)) > 0:
-        size = _bytes_over(narrow.session) + session.budget_bytes()
+    narrow, budget = opened(session, {}), session.budget_bytes()
+    while True:
+        left = sum(bytes_each[unit.name] * unit.n_weights for unit in narrow.session.units)
+        size = int(writing.estimated_overhead(narrow.session) + left)
+        if size <= budget:
+            return narrow
         worth = Worth(
-            of_unit={},
+            of_unit=bytes_each,
             of_rest=float(cost.FLOAT16_BYTES),
             at_most=float("inf"),
             shares=(1.0,),
-            enough=float(min(over, SHARE_OF_BYTES * size)),
+            enough=float(min(size - budget, SHARE_OF_BYTES * size)),
         )
         narrow, done = turn(narrow, worth)
         if not done:
             raise BudgetError(
-                f"cutting alone leaves at least {size:,} bytes, and the budget is "
-                f"{session.budget_bytes():,}.",
-                hint="use --cut auto, which rounds as well, or raise --size.",
+                f"{why} at least {size:,} bytes, and the budget is {budget:,}.", hint=hint
             )
-    return _rounded_after(narrow)
 
 
-def _bytes_over(session: Session) -> int:
-    """What the folder would weigh in 16 bits beyond the budget."""
-    kept = sum(cost.FLOAT16_BYTES * unit.n_weights for unit in session.units)
-    return writing.estimated_overhead(session) + kept - session.budget_bytes()
+def _only_cut(session: Session) -> Way:
+    """Cut until everything in 16 bits fits, and round nothing more."""
+    each = dict.fromkeys((unit.name for unit in session.units), float(cost.FLOAT16_BYTES))
+    hint = "use --cut auto, which rounds as well, or raise --size."
+    return rounded_after(_cut_until_it_fits(session, each, "cutting alone leaves", hint))
+
+
+def _cut_first(session: Session, statistics: Statistics, candidates: Candidates) -> Way:
+    """Cut until the fewest bits fit, where they do not fit for the whole model."""
+    least = Trials(session, statistics).smallest(candidates)
+    each = {
+        unit.name: least[unit.name].cost.weight_bytes / unit.n_weights for unit in session.units
+    }
+    why, hint = "cutting and the fewest bits leave", "raise --size."
+    return rounded_after(_cut_until_it_fits(session, each, why, hint))

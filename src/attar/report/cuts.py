@@ -67,5 +67,5 @@ def cut_rows(cuts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _gone_text(count: Mapping[str, float]) -> str:
+def _gone_text(count: Mapping[str, int]) -> str:
     return percent_text(1 - count["after"] / count["before"])

@@ -29,6 +29,7 @@ from attar import (
     decide,
     drifting,
     equalising,
+    healing,
     judging,
     narrowing,
     pipeline,
@@ -129,6 +130,7 @@ def plan(
     decide_by: str = "price",
     equalise: str = "none",
     cut: str = "off",
+    heal: str = "none",
 ) -> Plan:
     """Decide what to do with every unit so that the written folder has at most a size.
 
@@ -141,6 +143,7 @@ def plan(
             their scales end to end.
         cut: "auto" also cuts channels, neurons and heads whose bytes are worth more elsewhere,
             where that measures better; "only" cuts until the size is met, and rounds nothing.
+        heal: "distill=10min" lets what was made learn to answer as the original for so long.
 
     Raises:
         BudgetError: The size cannot be read, or cannot be reached.
@@ -154,6 +157,7 @@ def plan(
         decide=decide_by,
         equalise=equalise,
         cut=cut,
+        heal=heal,
     )
     session = replace(known.session, recipe=asked)
     pipeline.check_wishes(session)
@@ -162,7 +166,7 @@ def plan(
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
     way = narrowing.plan(*equalising.equalise(session, known.statistics))
-    session, decided = way.session, way.decided
+    session, decided = healing.heal(way.session, way.decided)
     # A copy is remembered: what holds the plan itself would keep it alive for ever.
     copied = replace(decided, plan=replace(decided.plan))
     remember(decided.plan, Made(model, known, copied, session))
@@ -213,7 +217,9 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
         )
     session, statistics = equalising.follow(session, known.statistics, plan.equalised)
     session, statistics = cut_again.follow(session, statistics, plan.cuts)
-    return Made(model, known, decide.follow(session, plan, statistics), session)
+    decided = decide.follow(session, plan, statistics)
+    session, decided = healing.follow(session, decided, plan)
+    return Made(model, known, decided, session)
 
 
 @overload
@@ -337,6 +343,7 @@ def compress(
     activations: str = "none",
     biases: str = "kept",
     cut: str = "off",
+    heal: str = "none",
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -350,6 +357,7 @@ def compress(
         biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         cut: See `plan`.
+        heal: See `plan`.
         model: From `load`, or what `load` takes.
         workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
         force, restart: Replace what an earlier run wrote; do again what a killed one finished.
@@ -369,6 +377,7 @@ def compress(
         equalise=equalise,
         biases=biases,
         cut=cut,
+        heal=heal,
     )
     check_form(recipe)
     check_decider(recipe)

@@ -113,6 +113,13 @@ Cut = Annotated[
         help="off, auto: also cut channels, neurons, heads if it pays, or only: and round nothing.",
     ),
 ]
+Heal = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW=TIME",
+        help="none, or distill=10min: let what was made learn to answer as the original.",
+    ),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 Restart = Annotated[

@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from attar import comparing, cut_again, decide, equalising, judging, narrowing, sizing, writing
+from attar import (
+    comparing,
+    cut_again,
+    decide,
+    equalising,
+    healing,
+    judging,
+    narrowing,
+    sizing,
+    writing,
+)
 from attar.auditing import Auditor, Wishes
 from attar.explain import CRITERIA
 from attar.export import attar_folder
@@ -93,7 +103,7 @@ def compress_session(
             way = narrowing.solved(session, statistics, priced.candidates)
         sizes = sizing.around(way.session, way.candidates, way.decided, way.statistics)
         sizes = replace(sizes, opens_again=opens_again)
-        session, decided = way.session, way.decided
+        session, decided = healing.heal(way.session, way.decided)
         del statistics, way  # the largest thing in memory, and the audit does not need it
         return finish(session, decided, scores, relevance, out, forecast, sizes)
 
@@ -119,6 +129,7 @@ def apply_plan_file(
         session, statistics = cut_again.follow(session, statistics, plan.cuts)
         decided = decide.follow(session, plan, statistics)
         del statistics
+        session, decided = healing.follow(session, decided, plan)
         return finish(session, decided, scores, relevance, out, forecast)
 
 
@@ -193,7 +204,8 @@ def plan(
     check_wishes(session)
     with session.keeping(out) as session:
         way = narrowing.plan(*equalising.equalise(session, decide.explain(session)))
-        return way.decided.plan, way.session
+        session, decided = healing.heal(way.session, way.decided)
+        return decided.plan, session
 
 
 def frontier(
@@ -243,6 +255,7 @@ def check_wishes(session: Session) -> None:
     session.budget_bytes()
     writing.check_model(session)
     check_decider(session.recipe)
+    healing.check(session)
     check_keep(session.units, session.recipe.keep)
 
 

@@ -94,6 +94,7 @@ class Data:
         shown: Text of audit samples where there is one, in order of samples (for the report).
         audit_slices: Slice label of each audit sample, or empty.
         answers: Number of the true class of each audit sample, -1 where it is not known; or empty.
+        more: In none of the three; learned from, where something is.
     """
 
     calibration: Sequence[Batch]
@@ -104,6 +105,7 @@ class Data:
     shown: Sequence[str] = ()
     audit_slices: Sequence[str] = ()
     answers: Sequence[int] = ()
+    more: Sequence[Batch] = ()
 
 
 @dataclass(frozen=True)
@@ -508,6 +510,8 @@ class Recipe:
             equalises by shifts needs the means that are gathered for it.
         cut: Channels, neurons and heads: "off" leaves them all, "auto" cuts those whose bytes are
             worth more elsewhere, "only" cuts until the size is met and rounds nothing.
+        heal: "none", or how what was made learns to answer as the original, and for how long:
+            "distill=10min", "distill=300steps".
     """
 
     model: str
@@ -532,6 +536,26 @@ class Recipe:
     activations: str = "none"
     biases: str = "kept"
     cut: str = "off"
+    heal: str = "none"
+
+
+@dataclass(frozen=True)
+class Healed:
+    """How a compressed model learned to answer as the original.
+
+    Attributes:
+        method: A name in `heal.METHODS`.
+        steps: That were taken.
+        of: How many were planned; the rate follows from it.
+        damage_before: Nats per prediction on recovery data.
+        damage_after: The same.
+    """
+
+    method: str
+    steps: int
+    of: int
+    damage_before: float
+    damage_after: float
 
 
 @dataclass(frozen=True)
@@ -633,6 +657,7 @@ class Plan:
         equalised: What was changed before any weight was rounded, in order.
         cuts: What was cut before any weight was rounded, in order of turns.
         contenders: Ways that were tried, where there was more than one.
+        healed: What was learned after all this; None where nothing was.
     """
 
     model: str
@@ -648,6 +673,7 @@ class Plan:
     equalised: tuple[Equalised, ...] = ()
     cuts: tuple[Cut, ...] = ()
     contenders: tuple[Contender, ...] = ()
+    healed: Healed | None = None
 
     @property
     def cut_damage(self) -> float:

@@ -95,20 +95,35 @@ class Finished:
         Raises:
             OutputError: What is there cannot be read.
         """
-        folder = self.folder
-        if folder is None:
+        path = self._path(step)
+        if path is None:
             return make()
-        step = self.about + step
-        path = folder / f"{hashlib.sha256(step.encode()).hexdigest()[:32]}.safetensors"
         if path.exists():
             found: Result = _read(path)
             return found
         made = make()
         try:
-            _write(path, step, made)
+            _write(path, self.about + step, made)
         except OSError as error:
             self.give_up(error)
         return made
+
+    def has(self, step: str) -> bool:
+        """Say whether an earlier run made a step."""
+        path = self._path(step)
+        return path is not None and path.exists()
+
+    def forget(self, step: str) -> None:
+        """Drop a step that nothing will ask for again."""
+        path = self._path(step)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _path(self, step: str) -> Path | None:
+        if self.folder is None:
+            return None
+        name = hashlib.sha256((self.about + step).encode()).hexdigest()[:32]
+        return self.folder / f"{name}.safetensors"
 
     def give_up(self, error: OSError) -> None:
         """Keep nothing: the result itself needs the room."""

@@ -22,6 +22,7 @@ from attar.divergence import Divergence, fit_gaussian
 from attar.errors import ModelError
 from attar.explain.statistics import gather_statistics
 from attar.gguf_names import FILE as GGUF_FILE
+from attar.heal.wish import parse_wish
 from attar.load.data import DataSizes, load_data
 from attar.load.fold import fold_batch_norm
 from attar.load.folder import is_attar_folder, load_folder, read_folder
@@ -50,6 +51,8 @@ from attar.resuming import Finished, keeping, key_of
 from attar.transform.apply import build_transform
 from attar.workers import Workers, start
 
+# Read beside the three splits where something is to be learned: tokens, or samples, at most.
+MORE = {"language": 524_288, "classify": 1_024, "embed": 8_192}
 # A prediction of a language model is one of thousands; one of a classifier is one of few, so more
 # answers are drawn for each to see as many gradients.
 DRAWS = {"classify": 4, "regress": 4, "embed": 4, "transcribe": 2}
@@ -339,7 +342,8 @@ def open_session(
     model = replace(model, module=folded_module.requires_grad_(False))
     units = list_units(model)
     units = units if recipe.biases == "moved" else units.without_biases()
-    sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit)
+    more = MORE.get(model.task.name, 0) if parse_wish(recipe.heal) is not None else 0
+    sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit, more=more)
     data = load_data(
         model,
         arrays or recipe.data,

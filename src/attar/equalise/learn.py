@@ -19,24 +19,22 @@ floats here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from attar.activations import TOP_CODE
+from attar.copies import Copies
 from attar.divergence import Divergence, predictions_of
 from attar.errors import SettingError
 from attar.links import Change, Link, folded, scaling
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress, Unit
 from attar.settings import WIDTHS, check_choice, check_group_size
-from attar.sites import Call, Roundings, substituted, watched
+from attar.sites import Call, Roundings, watched
 
 TINY = 1e-30
 ACTIVATIONS = ("none", "static", "dynamic")
@@ -156,10 +154,7 @@ class Learner:
         self._first: dict[str, tuple[float, float]] = {}
         self._reach: dict[str, Tensor] = {}
         moved = {name for link in links for name in link.weights}
-        # Parameters are put into a module, so each thread needs one of its own.
-        self._runs: SimpleQueue[_Run] = SimpleQueue()
-        for _ in range(torch.get_num_threads()):
-            self._runs.put(_Run(model))
+        self._copies = Copies(model)
         self._still = {
             name: self._round(self._state[name])
             for name in units
@@ -227,12 +222,7 @@ class Learner:
         """Mean divergence of the rounded model from the original's answers to one batch."""
         with torch.no_grad():
             wanted = predictions_of(self._model.task.forward(self._model.module, batch), batch)
-        named = {f"inside.{name}": tensor for name, tensor in self._tensors().items()}
-        run = self._runs.get()
-        try:
-            found: Tensor = functional_call(run, named, (batch, Roundings(self._around())))
-        finally:
-            self._runs.put(run)
+        found = self._copies.answer(batch, self._tensors(), Roundings(self._around()))
         return self._divergence.between(wanted, predictions_of(found, batch)).mean()
 
     def _put_gradients(self, batches: Sequence[Batch], learned: Sequence[Tensor]) -> None:
@@ -276,19 +266,6 @@ class Learner:
             ends = torch.tensor(self._first[name]) * reach.exp()
             around[name] = partial(rounded_between, low=ends[0], high=ends[1])
         return around
-
-
-class _Run(nn.Module):
-    """A copy of a model as one call, so that other parameters can be put in for its own."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.inside, self._task = deepcopy(model.module), model.task
-
-    def forward(self, batch: Batch, around: Roundings) -> Tensor:
-        """Answer with what enters the units rounded."""
-        with substituted(self.inside, {}, around):
-            return self._task.forward(self.inside, batch)
 
 
 def _widen(ends: dict[str, tuple[float, float]], name: str, low: float, high: float) -> None:

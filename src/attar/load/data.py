@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,14 @@ class DataSizes:
         recovery: The same.
         audit: The same.
         sequence_length: Tokens per sequence of a language model, >= 8.
+        more: Of what is in none of the three, at most: to learn from.
     """
 
     calibration: int | None = None
     recovery: int | None = None
     audit: int | None = None
     sequence_length: int = 256
+    more: int = 0
 
     def __post_init__(self) -> None:
         if self.sequence_length < 8:
@@ -63,7 +65,7 @@ class DataSizes:
         """
         given = (self.calibration, self.recovery, self.audit)
         if given == (None, None, None):
-            return default
+            return None if default is None else replace(default, more=self.more)
         presets = default.as_tuple() if default is not None else (None, None, None)
         calibration, recovery, audit = (
             preset if count is None else count for count, preset in zip(given, presets, strict=True)
@@ -73,7 +75,7 @@ class DataSizes:
                 f"a {task} model needs the sizes of calibration, recovery and audit, or none.",
                 hint="give all three, or leave all three out",
             )
-        return Counts(calibration, recovery, audit)
+        return Counts(calibration, recovery, audit, self.more)
 
 
 def load_data(
@@ -116,6 +118,7 @@ def load_data(
         calibration=into_batches(calibration, per_batch),
         recovery=into_batches(recovery, per_batch),
         audit=into_batches(audit, per_batch),
+        more=into_batches(splits.more, per_batch),
         origin=splits.origin,
         slices=[labels[at : at + per_batch] for at in starts] if any(labels) else (),
         shown=[sample.shown for sample in audit] if any(s.shown for s in audit) else (),

@@ -107,7 +107,14 @@ def picture_splits(
         origin += f"; {total} views (crops, scales, mirror images) of {n_pictures} pictures"
     else:
         origin += f"; {n_pictures} pictures"
-    return Splits((samples[0], samples[1], samples[2]), origin)
+    left = set(range(len(entries))).difference(*dealt)
+    free = [entries[place] for place in (*sorted(left), *dealt[0])]
+    views = len(dealt[0]) and -(-counts.calibration // len(dealt[0]))
+    more = [
+        _view(free[number % len(free)], views + number // len(free), seed, settings, -1)
+        for number in range(counts.more)
+    ]
+    return Splits((samples[0], samples[1], samples[2]), origin, tuple(more))
 
 
 def _find_pictures(source: str | None, slices: str | None) -> tuple[list[Entry], str]:

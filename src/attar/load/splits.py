@@ -16,11 +16,16 @@ SPLITS = ("calibration", "recovery", "audit")
 
 @dataclass(frozen=True)
 class Counts:
-    """How much each split holds: predictions of a language model, samples of any other."""
+    """How much each split holds: predictions of a language model, samples of any other.
+
+    Attributes:
+        more: What is wanted beside the three, at most, to learn from.
+    """
 
     calibration: int
     recovery: int
     audit: int
+    more: int = 0
 
     def __post_init__(self) -> None:
         for name in SPLITS:
@@ -54,10 +59,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Splits:
-    """Samples of the three splits, in the order of `SPLITS`, and where they come from."""
+    """Samples of the three splits, in the order of `SPLITS`, and where they come from.
+
+    Attributes:
+        more: Samples that are in none of them.
+    """
 
     samples: tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[Sample, ...]]
     origin: str
+    more: tuple[Sample, ...] = ()
 
 
 @dataclass
@@ -69,8 +79,11 @@ class Dealer:
         got: Of each split, the same unit.
     """
 
-    needs: tuple[int, int, int]
-    got: list[int] = field(default_factory=lambda: [0, 0, 0])
+    needs: Sequence[int]
+    got: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.got = self.got or [0] * len(self.needs)
 
     def deal(self, amount: int) -> int:
         """Take a source of this size; the index of the split that gets it."""

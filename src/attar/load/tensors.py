@@ -65,7 +65,9 @@ def tensor_splits(
     ]
     dealt = deal_evenly(total, counts or PARTS)
     splits = [tuple(samples[place] for place in chosen) for chosen in dealt]
-    return Splits((splits[0], splits[1], splits[2]), f"arrays from {source}")
+    left = sorted(set(range(total)).difference(*dealt))[: counts.more if counts else 0]
+    more = tuple(samples[place] for place in left)
+    return Splits((splits[0], splits[1], splits[2]), f"arrays from {source}", more)
 
 
 def _read_arrays(path: Path, names: str) -> Mapping[str, np.ndarray]:

@@ -10,7 +10,7 @@ import itertools
 import platform
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -82,11 +82,13 @@ def language_splits(
     to_read = [rows - own for rows, own in zip(wanted, written, strict=True)]
     needs = [ceil(rows * length * SLACK) for rows in to_read]
     found, origin = _find_documents(source, slices, seed, sum(needs))
-    pools, n_tokens = _tokenize_and_deal(found, tokenizer, (needs[0], needs[1], needs[2]))
+    found = iter(found)
+    pools, n_tokens = _tokenize_and_deal(found, tokenizer, needs)
+    pools += _tokenize_and_deal(found, tokenizer, [counts.more])[0]
     gap = tokenizer.encode("\n\n", add_special_tokens=False).ids
     lead = leading_tokens(tokenizer)
     candidates = [_cut_rows(pool, lead, gap, length) for pool in pools]
-    read = choose_disjoint(candidates, to_read, len(lead))
+    *read, more = choose_disjoint(candidates, [*to_read, counts.more // length], len(lead))
     if any(len(rows) < n for rows, n in zip(read, to_read, strict=True)):
         raise _too_little(source, n_tokens, sum(to_read) * length)
     own = iter(write_rows(model, tokenizer, sum(written), length, seed, progress))
@@ -96,7 +98,8 @@ def language_splits(
     ]
     if source is None:
         origin = f"half text the model wrote itself (temperature 1, seed {seed}), half {origin}"
-    return Splits((samples[0], samples[1], samples[2]), origin)
+    left = tuple(_sample(row, tokenizer) for row in more)
+    return Splits((samples[0], samples[1], samples[2]), origin, left)
 
 
 def sentence_splits(
@@ -112,6 +115,7 @@ def sentence_splits(
     found, origin = _find_documents(source, slices, seed, 400 * sum(needs))
     dealer, seen, n_found = Dealer(needs), set[str](), 0
     dealt: list[list[Sample]] = [[], [], []]
+    more: list[Sample] = []
     # of the documentation a few sentences of each document, so that many subjects are heard
     most = None if source is not None else max(4, sum(needs) // 40)
     for document in found:
@@ -121,10 +125,9 @@ def sentence_splits(
             continue
         n_found += len(new)
         seen.update(text.lower() for text in new)
-        dealt[dealer.deal(len(new))] += [
-            _encode_sentence(text, tokenizer, document.label) for text in new
-        ]
-        if dealer.filled():
+        into = more if dealer.filled() else dealt[dealer.deal(len(new))]
+        into += [_encode_sentence(text, tokenizer, document.label) for text in new]
+        if dealer.filled() and len(more) >= counts.more:
             break
     if not dealer.filled():
         raise DataError(
@@ -132,11 +135,8 @@ def sentence_splits(
             f"split in three; {sum(needs)} are needed ({_by_split(needs)}).",
             hint="give more text with --data, or leave --data out for the default text",
         )
-    short = [
-        tuple(sorted(samples[:n], key=lambda sample: len(sample.tensors["tokens"])))
-        for samples, n in zip(dealt, needs, strict=True)
-    ]
-    return Splits((short[0], short[1], short[2]), origin)
+    short = [_by_length(samples[:n]) for samples, n in zip(dealt, needs, strict=True)]
+    return Splits((short[0], short[1], short[2]), origin, _by_length(more[: counts.more]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,13 +193,14 @@ def _cut_words(paragraph: str, most: int) -> list[str]:
 
 
 def _tokenize_and_deal(
-    found: Iterable[Document], tokenizer: Tokenizer, needs: tuple[int, int, int]
+    found: Iterator[Document], tokenizer: Tokenizer, needs: Sequence[int]
 ) -> tuple[list[list[Row]], int]:
     """Deal documents until each split has what it needs; rows of each split, and tokens seen."""
-    pools: list[list[Row]] = [[], [], []]
+    pools: list[list[Row]] = [[] for _ in needs]
     dealer = Dealer(needs)
-    for document in found:
-        if dealer.filled():
+    while not dealer.filled():
+        document = next(found, None)
+        if document is None:
             break
         ids = tokenizer.encode(document.text, add_special_tokens=False).ids
         if ids:
@@ -333,6 +334,10 @@ def _sample(row: Row, tokenizer: Tokenizer) -> Sample:
 
 # ---------------------------------------------------------------------------------------------
 # sentences
+
+
+def _by_length(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    return tuple(sorted(samples, key=lambda sample: len(sample.tensors["tokens"])))
 
 
 def _sentences(text: str, source: str | None) -> list[str]:

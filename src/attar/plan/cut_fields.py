@@ -1,4 +1,4 @@
-"""What was cut, and what else was tried, as YAML and JSON hold it."""
+"""What was cut and healed, and what else was tried, as YAML and JSON hold it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from attar.errors import PlanError
-from attar.records import Cut, Plan
+from attar.records import Cut, Healed, Plan
 
 KINDS = ("head", "neuron", "channel", "channel group")
 
@@ -22,7 +22,36 @@ def cuts_to_dict(plan: Plan) -> dict[str, Any]:
         ]
     if plan.cuts:
         found["cuts"] = [cut_to_dict(cut) for cut in plan.cuts]
+    if plan.healed is not None:
+        found["healed"] = {
+            k: rounded(v) if isinstance(v, float) else v for k, v in asdict(plan.healed).items()
+        }
     return found
+
+
+def healed_from_dict(content: Mapping[str, Any]) -> Healed | None:
+    """Read back how a plan was healed; None where it was not.
+
+    Raises:
+        PlanError: It names no method and steps.
+    """
+    line = content.get("healed")
+    if line is None:
+        return None
+    good = (
+        isinstance(line, dict)
+        and isinstance(line.get("method"), str)
+        and _is_count(line.get("of"))
+        and type(line.get("steps")) is int
+        and 0 <= line["steps"] <= line["of"]
+    )
+    if not good:
+        raise PlanError(
+            f"the plan is healed by {line!r}, which names no method and steps.",
+            hint="write healed: {method: distill, steps: 300, of: 300}, or take the line out.",
+        )
+    nats = [_number(line.get(key)) for key in ("damage_before", "damage_after")]
+    return Healed(line["method"], line["steps"], line["of"], *nats)
 
 
 def cut_to_dict(cut: Cut) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import yaml
 
 from attar.errors import PlanError
 from attar.plan.activation_fields import activations_from_dict, activations_to_dict
-from attar.plan.cut_fields import cuts_from_dict, cuts_to_dict, rounded
+from attar.plan.cut_fields import cuts_from_dict, cuts_to_dict, healed_from_dict, rounded
 from attar.records import Budget, Candidate, Cut, Equalised, Plan, Recipe, Transform, Units
 
 VERSION = 1
@@ -205,6 +205,7 @@ def read_plan(
         recipe=recipe,
         equalised=equalised_from_dict(content),
         cuts=cuts,
+        healed=healed_from_dict(content),
     )
     _check_budget(plan, named)
     return plan

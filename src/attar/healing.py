@@ -195,7 +195,7 @@ class _Healing:
         done = replace(done, predicted_damage=done.measured_damage)
         done = replace(done, corrected_damage=healed.damage_after)
         plan = replace(plan, predicted_damage=healed.damage_after, rounds=(*plan.rounds, done))
-        return session, replace(decided, plan=plan)
+        return session, replace(decided, plan=plan).noting([_note(healed)])
 
 
 def _part(treated: Treated, weight: Tensor) -> Part | None:
@@ -235,6 +235,13 @@ def _tensors(session: Session, treated: Mapping[str, Treated]) -> dict[str, Tens
     as_stored = {name: kept[name].float() for name in kept if name in state}
     weights = {f"{name}.weight": one.weight() for name, one in treated.items()}
     return {**state, **as_stored, **weights}
+
+
+def _note(healed: Healed) -> str:
+    return (
+        f"healed ({healed.method}, {healed.steps} of {healed.of} steps): on recovery data "
+        f"{healed.damage_before:.3g} nats before, {healed.damage_after:.3g} after"
+    )
 
 
 def _step(end: int, of: int) -> str:

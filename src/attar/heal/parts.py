@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -13,21 +12,6 @@ from torch import Tensor
 TINY = 1e-12
 # Of a step, how far from the middle a number may start that is rounded to a level.
 NEAR_THE_EDGE = 0.4
-
-
-class Part(Protocol):
-    """A tensor of a model that is learned.
-
-    Attributes:
-        learned: What the optimiser moves: about 1 there is as much in any part.
-        rate: Of learning, over that of weights on a grid.
-    """
-
-    learned: Tensor
-    rate: float
-
-    def tensor(self) -> Tensor:
-        """Make the tensor that the model reads; gradients reach `learned`."""
 
 
 class Whole:
@@ -39,9 +23,10 @@ class Whole:
     """
 
     def __init__(self, tensor: Tensor, rate: float) -> None:
-        self._unit = max(float(tensor.float().square().mean().sqrt()), TINY)
+        start = tensor.detach().float()
+        self._unit = max(float(start.square().mean().sqrt()), TINY)
         self.rate = rate
-        self.learned = (tensor.detach().float() / self._unit).requires_grad_()
+        self.learned = (start / self._unit).requires_grad_()
 
     def tensor(self) -> Tensor:
         """As learned, in the tensor's own units."""
@@ -109,6 +94,11 @@ class OnGrid:
         """Choose the dead zone anew."""
         if self._levels.fitting is not None:
             self._levels.dead_zone = self._levels.fitting(self.learned.detach())
+
+
+Part = Whole | OnGrid
+"""A tensor of a model that is learned: `learned` is what moves, about as fast in any part, and
+`tensor()` what the model reads."""
 
 
 def rounded_to(learned: Tensor, levels: Levels) -> Tensor:

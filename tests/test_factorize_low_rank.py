@@ -80,8 +80,11 @@ def test_no_other_product_of_this_rank_costs_less():
     assert costs["price"] < 0.95 * costs["outputs"] < costs["weights"]
     for seed in range(20):
         near = decompose(weight, c[None], rows, "price").of_rank(4)
-        left = near.left / near.values[:, None] + 0.02 * random(4, 20, seed=seed).double()
-        assert damage(left.T @ near.right - weight, r, c_ridged) >= costs["price"] * (1 - 1e-4)
+        right = near.right / near.values[:, None]
+        left = near.fitted(right)
+        left = left + 0.02 * left.std() * random(4, 20, seed=seed).double()
+        right = right + 0.02 * right.std() * random(4, 31, seed=seed + 1).double()
+        assert damage(left.T @ right - weight, r, c_ridged) >= costs["price"] * (1 - 1e-4)
 
 
 def test_atomic_feature_mimicking_keeps_outputs_better_than_weights_do():
@@ -121,9 +124,8 @@ def test_the_second_factor_makes_good_what_rounding_the_first_lost():
     best = decompose(weight, c[None], rows, "price").of_rank(12)
     rounded = product.middle[:, None].double() * product.right.double()
     exact = damage(best.fitted(rounded).T @ rounded - weight, rows.moment, c)
-    unaware = best.left / best.values[:, None] / best.values[:, None]
-    scale = float((rounded * best.right).sum() / best.right.square().sum())
-    blind = damage((unaware * best.values[:, None]).T @ (rounded / scale) - weight, rows.moment, c)
+    ideal = best.right / best.values[:, None]
+    blind = damage(best.fitted(ideal).T @ rounded - weight, rows.moment, c)
     assert exact < blind
     assert damage(made.dense - weight, rows.moment, c) < 1.5 * exact
 

@@ -28,7 +28,11 @@ LOW_RANK = 4
 # Bits of each number in a factor, and how many two factors take for each weight: with more bits,
 # integers lose less.
 FACTOR_BITS = 2.75
-FACTORED_BITS = (0.5, 1, 1.5)
+FACTORED_BITS = (0.5, 1, 1.5, 2)
+# A table's rank pays at more, because few of its rows are read often.
+FACTORED_BITS_OF_TABLE = (*FACTORED_BITS, 2.5)
+# A weight with more numbers than this is not factorized by default: that needs all of it at once.
+LARGEST_FACTORED = 1 << 25
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # What engines multiply in integers: one scale for each output channel, no zero point.
 INT8: Treatment = ("quantize_feedback", {"bits": 8, "group_size": 0, "symmetric": True})
@@ -42,7 +46,7 @@ def menu(unit: Unit, build: Build, *, by_worth: bool) -> list[Treatment]:
     """List the treatments worth pricing for a unit: rounding, zeroing, and leaving it in 16 bits.
 
     Where codes can be range coded, codes of a fixed width hardly ever are the better choice, and
-    zeroing never is: at equal bytes it loses two to five times as much.
+    zeroing never is: at equal bytes it loses two to seven times as much.
 
     Args:
         by_worth: See `QuantizeEntropy`: whether what rows and columns are worth is known well.
@@ -78,8 +82,11 @@ def _corrected(unit: Unit, size: int, build: Build) -> list[Treatment]:
 
 def _factored(unit: Unit, build: Build) -> list[Treatment]:
     """Two thin factors in place of a weight, of ranks that make them so small."""
+    if unit.n_weights > LARGEST_FACTORED:
+        return []
     per_rank = FACTOR_BITS * (unit.rows + unit.columns)
-    ranks = [max(1, int(bits * unit.n_weights / per_rank)) for bits in FACTORED_BITS]
+    sizes = FACTORED_BITS_OF_TABLE if unit.kind == "embedding" else FACTORED_BITS
+    ranks = [max(1, int(bits * unit.n_weights / per_rank)) for bits in sizes]
     factored: list[Treatment] = [
         ("factorize_low_rank", {"rank": rank, "bits": FACTOR_BITS}) for rank in ranks
     ]

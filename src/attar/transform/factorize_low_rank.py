@@ -199,33 +199,32 @@ class Decomposition:
     Attributes:
         weight: `rows columns`.
         values: Singular values.
-        left: Of each component, times its singular value, `components rows`.
-        right: The same, `components columns`.
+        right: Of each component, times its singular value, `components columns`.
         columns: C as the rounding of right factors is told.
         rows: R as the rounding of left factors is told.
     """
 
-    weight: Float64[Tensor, "rows columns"]
+    weight: Float[Tensor, "rows columns"]
     values: Float64[Tensor, " components"]
-    left: Float64[Tensor, "components rows"]
     right: Float64[Tensor, "components columns"]
     columns: Tensor | None
     rows: Tensor | None
 
     def of_rank(self, rank: int) -> Decomposition:
         """The strongest components."""
-        return replace(
-            self, values=self.values[:rank], left=self.left[:rank], right=self.right[:rank]
-        )
+        return replace(self, values=self.values[:rank], right=self.right[:rank])
 
     def fitted(self, right: Float64[Tensor, "rank columns"]) -> Float64[Tensor, "rank rows"]:
         """The left factor of the least damage beside this right one, whatever R is."""
         through = right if self.columns is None else _times(right, self.columns)
         among = through @ right.T
-        ridge = 1e-9 * among.diagonal().mean().clamp(min=1e-300)
-        among.diagonal().add_(ridge)
-        left: Tensor = torch.linalg.solve(among, through @ self.weight.T)
-        left[:, (self.weight == 0).all(1)] = 0.0
+        among.diagonal().add_(1e-9 * among.diagonal().mean().clamp(min=1e-300))
+        solved = torch.linalg.lu_factor(among)
+        left = torch.empty(len(right), len(self.weight), dtype=torch.float64)
+        for rows in groups.row_chunks(*self.weight.shape):
+            part = self.weight[rows]
+            left[:, rows] = torch.linalg.lu_solve(*solved, through @ part.double().T)
+            left[:, rows].masked_fill_((part == 0).all(1), 0.0)
         return left
 
 
@@ -256,34 +255,41 @@ def decompose(
     minimise: str,
 ) -> Decomposition:
     """Find the components of a weight in the norm of R and C, of C alone, or of neither."""
-    exact = weight.double()
     column_side, row_side = _damped_columns(moment), _damped_rows(rows)
     root = _root(column_side if minimise != "weights" else None, weight.shape[1])
     row_root = _root(row_side if minimise == "price" else None, len(weight))
-    whitened = _times(_times(exact, root).T, row_root).T
     # Vectors of the smaller side are enough: the other ones are what is left when they are taken.
     if len(weight) <= weight.shape[1]:
+        whitened = _whitened(weight, slice(None), root, row_root)
         power, basis = torch.linalg.eigh(whitened @ whitened.T)
-        left, right = basis.T, basis.T @ whitened
+        right = basis.T @ whitened
     else:
-        power, basis = torch.linalg.eigh(whitened.T @ whitened)
-        left, right = (whitened @ basis).T, basis.T
-    values = power.flip(0).clamp(min=0).sqrt()
-    left, right = (part.flip(0) for part in (left, right))
-    left, right = (values[:, None] * part / _norms(part) for part in (left, right))
-    return Decomposition(
-        exact,
-        values,
-        _divided(left, row_root),
-        _divided(right, root),
-        column_side,
-        row_side,
-    )
+        power, right = torch.linalg.eigh(_among_columns(weight, root, row_root))
+        right = right.T
+    values, right = power.flip(0).clamp(min=0).sqrt(), right.flip(0)
+    right = values[:, None] * right / right.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    return Decomposition(weight, values, _divided(right, root), column_side, row_side)
 
 
-def _norms(part: Tensor) -> Tensor:
-    norms: Tensor = part.norm(dim=1, keepdim=True)
-    return norms.clamp(min=1e-300)
+def _whitened(
+    weight: Tensor, rows: slice, root: Tensor, row_root: Tensor
+) -> Float64[Tensor, "..."]:
+    """Lᵣᵀ W L꜀, of some rows where rows are independent, else of all."""
+    part = _times(weight[rows].double(), root)
+    whitened: Tensor = row_root[rows, None] * part if row_root.dim() == 1 else row_root.T @ part
+    return whitened
+
+
+def _among_columns(
+    weight: Tensor, root: Tensor, row_root: Tensor
+) -> Float64[Tensor, "columns columns"]:
+    """Products of whitened columns with each other, a few rows at a time where rows are apart."""
+    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    chunks = groups.row_chunks(*weight.shape) if row_root.dim() == 1 else [slice(None)]
+    for rows in chunks:
+        part = _whitened(weight, rows, root, row_root)
+        total += part.T @ part
+    return total
 
 
 def _times(part: Tensor, side: Tensor) -> Tensor:

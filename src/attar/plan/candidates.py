@@ -31,8 +31,9 @@ FACTOR_BITS = 2.75
 FACTORED_BITS = (0.5, 1, 1.5, 2)
 # A table's rank pays at more, because few of its rows are read often.
 FACTORED_BITS_OF_TABLE = (*FACTORED_BITS, 2.5)
-# A weight with more numbers than this is not factorized by default: that needs all of it at once.
-LARGEST_FACTORED = 1 << 25
+# A weight with more numbers than this is not factorized by default: that needs all rows at once,
+# and a few hundred megabytes in double precision.
+LARGEST_FACTORED = 1 << 24
 KEEP: Treatment = ("keep_float", {"bits": 16})
 # What engines multiply in integers: one scale for each output channel, no zero point.
 INT8: Treatment = ("quantize_feedback", {"bits": 8, "group_size": 0, "symmetric": True})

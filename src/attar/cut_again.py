@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from attar import cost, cutting, decide
+from attar.audit.fidelity import measure
 from attar.cut_turns import Narrow, gathered_for, left_whole, opened, without
 from attar.errors import PlanError
-from attar.records import Cut, Narrowed, Statistics, Unit, Units
+from attar.records import Batch, Cut, GroupClaim, Narrowed, Statistics, Unit, Units
 from attar.session import Session
 
 # Forward passes of which the shortest is taken.
@@ -88,6 +89,32 @@ def _timed(whole: Session, session: Session) -> tuple[float, float]:
                 one.model.task.forward(one.model.module, one.model.examples)
             least[place] = min(least[place], 1000 * (time.perf_counter() - start))
     return least[0], least[1]
+
+
+def claims(session: Session, batches: Sequence[Batch]) -> list[GroupClaim]:
+    """What cutting alone was predicted to cost, and costs on these data."""
+    if not session.cuts:
+        return []
+    small, task = session.model.module, session.model.task
+    found = measure(
+        session.original,
+        lambda batch: task.forward(small, batch),
+        batches,
+        session.divergence,
+        progress=session.progress,
+        stage="audit what was cut",
+    )
+    left = cost.count_numbers(session.units, session.units.leftovers)
+    return [
+        GroupClaim(
+            group="cut",
+            units=tuple(dict.fromkeys(cut.group for cut in session.cuts)),
+            predicted_damage=sum(cut.predicted_damage for cut in session.cuts),
+            measured_damage=found.mean_divergence,
+            bytes_before=cost.FLOAT16_BYTES * (session.n_parameters - left),
+            bytes_after=0,
+        )
+    ]
 
 
 def check_cuts(session: Session, narrow: Narrow, cuts: Sequence[Cut]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attar import cost
+from attar import cut_again
 from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Keep, Measured, measure, measure_for_report
@@ -263,7 +263,7 @@ def _group_claims(
         return []  # each part has learned to make good what the others do
     n = max(1, round(len(session.data.audit) * GROUP_SHARE))
     original, task = session.model.module, session.model.task
-    claims = _cut_claims(session, n)
+    claims = cut_again.claims(session, session.data.audit[:n])
     for group, names in _groups(session).items():
         changed = [f"{name}.weight" for name in names]
         changed += [bias for name in names if (bias := session.units.named(name).bias)]
@@ -298,32 +298,6 @@ def _group_claims(
             )
         )
     return claims
-
-
-def _cut_claims(session: Session, n: int) -> list[GroupClaim]:
-    """What cutting alone was predicted to cost, and costs on `n` batches."""
-    if not session.cuts:
-        return []
-    small, task = session.model.module, session.model.task
-    found = measure(
-        session.original,
-        lambda batch: task.forward(small, batch),
-        session.data.audit[:n],
-        session.divergence,
-        progress=session.progress,
-        stage="audit what was cut",
-    )
-    left = cost.count_numbers(session.units, session.units.leftovers)
-    return [
-        GroupClaim(
-            group="cut",
-            units=tuple(dict.fromkeys(cut.group for cut in session.cuts)),
-            predicted_damage=sum(cut.predicted_damage for cut in session.cuts),
-            measured_damage=found.mean_divergence,
-            bytes_before=cost.FLOAT16_BYTES * (session.n_parameters - left),
-            bytes_after=0,
-        )
-    ]
 
 
 def _constant(weight: Tensor) -> Callable[[], Tensor]:

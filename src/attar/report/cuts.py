@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attar.report.wording import number_text, percent_text, plural
 
 if TYPE_CHECKING:
-    from attar.records import Plan, Report
+    from attar.records import Plan, Report, Unit
 
 
 def cuts_to_json(report: Report) -> dict[str, Any] | None:
@@ -46,6 +46,15 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
         elif group["measured_damage"] is not None:
             group["measured_damage"] += cut.measured_damage
     return list(found.values())
+
+
+def left_to_json(unit: Unit | None) -> dict[str, Any]:
+    """What a cut left of a unit; nothing is said of a unit that is whole."""
+    if unit is None:
+        return {}
+    n_weights, macs = unit.n_weights, unit.macs
+    left = {"shape": list(unit.shape), "groups": unit.groups, "n_weights": n_weights, "macs": macs}
+    return {"left": left}
 
 
 def cut_rows(cuts: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from attar.records import AGREES_WITHIN
-from attar.report.cuts import cuts_to_json
+from attar.report.cuts import cuts_to_json, left_to_json
 from attar.report.sizes import sizes_to_json
 from attar.report.wording import size_text, times_text
 
@@ -286,7 +286,7 @@ def units_to_json(report: Report) -> list[dict[str, Any]]:
     worth = worth_criterion(report.scores)
     return [
         _identity(unit)
-        | _left(report.left.get(unit.name))
+        | left_to_json(report.left.get(unit.name))
         | _done(unit, report.plan.choices.get(unit.name), applied.get(unit.name))
         | {
             "worth": None if worth is None else report.scores[worth].totals.get(unit.name),
@@ -318,15 +318,6 @@ def _identity(unit: Unit) -> dict[str, Any]:
         "coupled": list(unit.coupled),
         "bytes_before": unit.n_weights * BYTES_BEFORE,
     }
-
-
-def _left(unit: Unit | None) -> dict[str, Any]:
-    """What a cut left of a unit; nothing is said of a unit that is whole."""
-    if unit is None:
-        return {}
-    n_weights, macs = unit.n_weights, unit.macs
-    left = {"shape": list(unit.shape), "groups": unit.groups, "n_weights": n_weights, "macs": macs}
-    return {"left": left}
 
 
 def _done(unit: Unit, planned: Candidate | None, applied: Applied | None) -> dict[str, Any]:

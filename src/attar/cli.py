@@ -51,6 +51,7 @@ from attar.options import (
     ModelName,
     Out,
     PlanFile,
+    Protect,
     Recovery,
     Restart,
     Rounds,
@@ -87,6 +88,7 @@ def compress(
     data: DataPath = None,
     slices: Slices = None,
     keep: Keep = None,
+    protect: Protect = None,
     seed: Seed = 0,
     task: TaskName = None,
     factory: Factory = None,
@@ -128,6 +130,7 @@ def plan(
     data: DataPath = None,
     slices: Slices = None,
     keep: Keep = None,
+    protect: Protect = None,
     seed: Seed = 0,
     task: TaskName = None,
     factory: Factory = None,
@@ -156,7 +159,7 @@ def plan(
     from attar.report.terminal import plan_to_text
     from attar.resuming import discard
 
-    check_one_of(size, frontier, out)
+    check_one_of(size, frontier, out, protect)
     recipe = recipe_of({**locals(), "size": size or ""})
     if frontier is not None:
         _plan_all_sizes(recipe, frontier, force=force, restart=restart)
@@ -180,6 +183,7 @@ def apply(
     out: Out,
     size: SizeOrNone = None,
     keep: Keep = None,
+    protect: Protect = None,
     factory: Factory = None,
     threads: Threads = 2,
     workers: Workers = "",
@@ -193,6 +197,8 @@ def apply(
 
     if keep and size is None:
         raise typer.BadParameter("--keep goes with --size; in a plan, edit the line of the unit")
+    if protect and size is None:
+        raise typer.BadParameter("--protect goes with --size; in a plan, edit its recipe")
     recipe = recipe_of({**locals(), "model": "", "size": size or ""})
     do = pipeline.apply_plan_file if size is None else pipeline.apply_frontier_file
     with open_progress() as progress:

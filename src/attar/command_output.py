@@ -79,12 +79,17 @@ def recipe_of(arguments: Mapping[str, Any]) -> Recipe:
     from attar.records import Recipe
 
     chosen = {name: arguments[name] for name in Recipe.__dataclass_fields__ if name in arguments}
-    chosen["keep"] = tuple(chosen.get("keep") or ())
+    for name in ("keep", "protect"):
+        chosen[name] = tuple(chosen.get(name) or ())
     return Recipe(**chosen)
 
 
-def check_one_of(size: str | None, frontier: Path | None, out: Path | None) -> None:
+def check_one_of(
+    size: str | None, frontier: Path | None, out: Path | None, protect: list[str] | None
+) -> None:
     """Refuse to plan for one size and for all of them, or for none."""
+    if frontier is not None and protect:
+        raise typer.BadParameter("--protect goes with --size: a small one could spare no slice")
     if (size is None) == (frontier is None):
         raise typer.BadParameter("ask for one --size SIZE, or for all with --frontier DIR")
     if frontier is not None and out is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from attar import int8, pricing, writing
+from attar import int8, pricing, protecting, writing
 from attar.activations import roundings
 from attar.audit.fidelity import measure
 from attar.errors import BudgetError
@@ -158,14 +158,17 @@ def plan(session: Session, candidates: Candidates, statistics: Statistics) -> De
         rounds.append(done)
         if done.predicted_damage > SMALLEST_CORRECTED:
             correction = done.measured_damage / done.predicted_damage
-        if best is None or done.measured_damage < best[1].measured_damage:
+        if best is None or _rank(trials, done) < _rank(trials, best[1]):
             best = (decided, done, correction)
+        slices, choices = trials.protected, decided.plan.choices
+        trials.protected = protecting.corrected(slices, choices, done)
         if number + 1 < trials.rounds:
             candidates = _seen_from_there(session, candidates, decided)
             best = (_packed(best[0]), *best[1:])  # another plan's codes need the room
     assert best is not None
     decided, done, correction = best
     notes = session.notes + int8.notes(session, decided.plan.choices)
+    notes += protecting.notes(trials.protected, decided.plan.choices, done)
     corrected = replace(
         decided.plan,
         predicted_damage=done.predicted_damage * correction,
@@ -330,24 +333,33 @@ def measure_plan(session: Session, decided: Decided, correction: float) -> Round
         with substituted(module, weights, rounds):
             return task.forward(module, batch)  # type: ignore[arg-type]
 
-    def damage() -> float:
-        return measure(
+    def damage() -> tuple[float, dict[str, float]]:
+        found = measure(
             session.original,
             compressed,  # type: ignore[arg-type]
             session.data.recovery,
             session.divergence,
             progress=session.progress,
             stage="measure",
-        ).mean_divergence
+        )
+        return found.mean_divergence, protecting.of_slices(session, found)
 
     with session.timed("measure"):
-        measured = session.finished.once(f"damage of {_written(decided.plan.choices)}", damage)
+        measured, slices = session.finished.once(
+            f"damage, and of slices, of {_written(decided.plan.choices)}", damage
+        )
     return Round(
         predicted_damage=decided.plan.predicted_damage,
         corrected_damage=decided.plan.predicted_damage * correction,
         measured_damage=measured,
         weight_bytes=decided.plan.weight_bytes,
+        slices=slices,
     )
+
+
+def _rank(trials: Trials, done: Round) -> tuple[float, float]:
+    """Of two rounds the one that spares the slices is better, then the one that lost less."""
+    return protecting.excess(trials.protected, done), done.measured_damage
 
 
 def _seen_from_there(session: Session, candidates: Candidates, decided: Decided) -> Candidates:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attar import cut_again
+from attar import cut_again, protecting
 from attar.activations import RoundedModule, roundings
 from attar.audit.examples import changed_predictions, token_divergence
 from attar.audit.fidelity import Keep, Measured, measure, measure_for_report
@@ -136,7 +136,7 @@ def judge_compressed(session: Session, small: Model, decided: Decided) -> Verdic
             classes=_classes(session),
             labelled=bool(session.data.answers),
         )
-        verdict = _located(session, small, verdict, measured)
+        verdict = protecting.checked(session, _located(session, small, verdict, measured))
         return with_details(
             verdict,
             groups=_group_claims(session, _weights(session, small.module, decided), decided),

@@ -33,6 +33,7 @@ from attar import (
     judging,
     narrowing,
     pipeline,
+    protecting,
     serving,
 )
 from attar.audited import Audit, Audits
@@ -335,6 +336,7 @@ def compress(
     out: str | Path,
     data: Arrays = None,
     keep: Sequence[str] = (),
+    protect: Sequence[str] = (),
     seed: int = 0,
     to: str = "attar",
     decide_by: str = "price",
@@ -354,6 +356,7 @@ def compress(
         to: "gguf" writes one file that llama.cpp runs, "onnx" one that onnxruntime does.
         activations: With "onnx": "static" or "dynamic" computes in 8 bits too.
         decide_by: See `plan`.
+        protect: Slices that may lose only so many nats, as "SLICE:NATS".
         biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
         cut: See `plan`.
@@ -369,6 +372,7 @@ def compress(
         model="",
         size=size,
         keep=tuple(keep),
+        protect=tuple(protect),
         seed=seed,
         to=to,
         activations=activations,
@@ -381,6 +385,7 @@ def compress(
     )
     check_form(recipe)
     check_decider(recipe)
+    protecting.asked(recipe)
     pipeline.check_output(Path(out), force=force, restart=restart)
     opened = model if isinstance(model, Model) else load(model)
     recipe = replace(recipe, model=opened.name)

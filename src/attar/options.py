@@ -39,6 +39,13 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="A unit, or pattern with *, that stays in 16 bits. Repeat."),
 ]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SLICE:NATS",
+        help="A label of --slices, or class=NUMBER, that may lose so much. Repeat.",
+    ),
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of every random draw.")]
 TaskName = Annotated[
     str | None,

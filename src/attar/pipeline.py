@@ -18,6 +18,7 @@ from attar import (
     healing,
     judging,
     narrowing,
+    protecting,
     sizing,
     writing,
 )
@@ -66,6 +67,7 @@ def compress(
     """
     writing.check_form(recipe)
     check_decider(recipe)
+    protecting.asked(recipe)
     check_output(out, force=force, restart=restart)
     return compress_session(open_recipe(recipe, progress), out)
 
@@ -91,6 +93,7 @@ def compress_session(
         opens_again: Whether the recipe names the model and the data.
     """
     check_wishes(session)
+    session = protecting.labelled(session)
     forecast = judging.forecast_memory(session)
     with session.keeping(out) as session:
         statistics = decide.explain(session)
@@ -121,6 +124,7 @@ def apply_plan_file(
     check_output(out, force=force, restart=restart)
     plan, session = open_plan(path, recipe, progress)
     writing.check_model(session)
+    session = protecting.labelled(session)
     forecast = judging.forecast_memory(session)
     with session.keeping(out) as session:
         statistics = decide.explain(session)
@@ -200,8 +204,10 @@ def plan(
     """
     writing.check_form(recipe)
     check_decider(recipe)
+    protecting.asked(recipe)
     session = open_recipe(recipe, progress)
     check_wishes(session)
+    session = protecting.labelled(session)
     with session.keeping(out) as session:
         way = narrowing.plan(*equalising.equalise(session, decide.explain(session)))
         session, decided = healing.heal(way.session, way.decided)

@@ -95,6 +95,7 @@ class Data:
         audit_slices: Slice label of each audit sample, or empty.
         answers: Number of the true class of each audit sample, -1 where it is not known; or empty.
         more: In none of the three; learned from, where something is.
+        recovery_slices: Slice label of each recovery sample, or empty.
     """
 
     calibration: Sequence[Batch]
@@ -106,6 +107,7 @@ class Data:
     audit_slices: Sequence[str] = ()
     answers: Sequence[int] = ()
     more: Sequence[Batch] = ()
+    recovery_slices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -449,6 +451,24 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Protected:
+    """A slice of the data that may lose only so much.
+
+    Attributes:
+        nats: Per prediction of the slice, at most.
+        there: Unit name to what the unit is worth on the slice, nats.
+        everywhere: Unit name to what it is worth on all data.
+        correction: Measured over predicted damage of the slice, where a plan was measured.
+    """
+
+    label: str
+    nats: float
+    there: Mapping[str, float]
+    everywhere: Mapping[str, float]
+    correction: float = 1.0
+
+
+@dataclass(frozen=True)
 class Question:
     """What a decider is asked, and what it may find out before it answers.
 
@@ -459,6 +479,7 @@ class Question:
         trial: Makes these choices, leaves all other units original, and measures.
         seconds: How long what a candidate stores takes to become a weight again on this machine.
         weight: A unit's weight by its name, `rows columns`.
+        protected: Slices that may lose only so much; only "price" is asked about them.
     """
 
     candidates: Mapping[str, Sequence[Candidate]]
@@ -469,6 +490,7 @@ class Question:
     trial: Callable[[Mapping[str, Candidate]], Trial]
     seconds: Callable[[Candidate], float]
     weight: Callable[[str], Tensor]
+    protected: Sequence[Protected] = ()
 
 
 @dataclass(frozen=True)
@@ -506,6 +528,7 @@ class Recipe:
             What is computed does not depend on it.
         equalise: Changes of channels before rounding: "none", "auto" for those that pay, or
             "learned": their scales are learned end to end as well.
+        protect: Slices that may lose only so many nats, each as "SLICE:NATS".
         biases: "kept", or "moved" to take up the mean error that rounding their layer makes. What
             equalises by shifts needs the means that are gathered for it.
         cut: Channels, neurons and heads: "off" leaves them all, "auto" cuts those whose bytes are
@@ -537,6 +560,7 @@ class Recipe:
     biases: str = "kept"
     cut: str = "off"
     heal: str = "none"
+    protect: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -743,12 +767,14 @@ class Round:
         corrected_damage: What the correction known at that time made of it.
         measured_damage: On recovery data.
         weight_bytes: Of the plan of this round.
+        slices: What was measured on each protected slice, by label.
     """
 
     predicted_damage: float
     corrected_damage: float
     measured_damage: float
     weight_bytes: int
+    slices: Mapping[str, float] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def _reopened(read: Read[Made], recipe: Recipe, progress: Progress | None) -> tu
             planned,
             size=recipe.size or planned.size,
             keep=(*planned.keep, *recipe.keep),
+            protect=recipe.protect or planned.protect,
             accept_licence=recipe.accept_licence,
             factory=recipe.factory,
             threads=recipe.threads,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from attar import decide, writing
 from attar.decide import BYTES_SPARE_PER_UNIT, SMALLEST_CORRECTED, Candidates, Decided
+from attar.errors import BudgetError
 from attar.plan.frontier import corrected, spread_sizes
 from attar.plan.solve import weight_bytes
 from attar.records import Budget, Candidate, Frontier, FrontierPoint, Statistics
@@ -51,7 +53,8 @@ def around(
         trials = Trials(session, statistics)
         for limit in _limits(trials, candidates):
             budget = Budget(overhead + limit, session.recipe.keep)
-            points.append(_point(decide.solve(trials, candidates, budget, overhead), overhead))
+            with suppress(BudgetError):  # a size at which no plan spares the protected slices
+                points.append(_point(decide.solve(trials, candidates, budget, overhead), overhead))
     # The first round was solved from these prices; the one that was kept may have seen others.
     first = decided.plan.rounds[0]
     seen = FrontierPoint(

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attar import pricing
+from attar import pricing, protecting
 from attar.divergence import predictions_of
 from attar.errors import SettingError
 from attar.export import FUSED_ROLES
 from attar.parallel import in_order, one_thread
 from attar.plan import DECIDERS
 from attar.plan.choose import choose
-from attar.plan.fuse import expand, fuse, groups_of
+from attar.plan.fuse import expand, fuse, fuse_protected, groups_of
 from attar.plan.solve import smallest
 from attar.records import Batch, Candidate, Question, Recipe, Statistics, Trial
 from attar.session import Session
@@ -48,6 +48,7 @@ class Trials:
     def __init__(self, session: Session, statistics: Statistics) -> None:
         self.session = session
         self.statistics = statistics
+        self.protected = protecting.protected(session, statistics)
         self._made: dict[Key, Treated] = {}
         self._measured: dict[tuple[Key, ...], Trial] = {}
         self._outputs: list[tuple[Batch, Tensor]] = []
@@ -85,6 +86,7 @@ class Trials:
                 trial=self.trial,
                 seconds=self.seconds,
                 weight=lambda name: session.weight(session.units.named(name)),
+                protected=fuse_protected(self.protected, groups),
             )
             with session.timed("decide"):
                 return DECIDERS[recipe.decide](asked)

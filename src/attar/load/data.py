@@ -123,6 +123,7 @@ def load_data(
         slices=[labels[at : at + per_batch] for at in starts] if any(labels) else (),
         shown=[sample.shown for sample in audit] if any(s.shown for s in audit) else (),
         audit_slices=[s.label for s in audit] if all(s.label for s in audit) else (),
+        recovery_slices=[s.label for s in recovery] if all(s.label for s in recovery) else (),
         answers=[s.answer for s in audit] if any(s.answer >= 0 for s in audit) else (),
     )
 

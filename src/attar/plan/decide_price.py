@@ -9,4 +9,4 @@ from attar.records import Candidate, Question
 
 def decide(asked: Question) -> dict[str, Candidate]:
     """Solve the integer program over prices."""
-    return solve(asked.candidates, asked.limit)
+    return solve(asked.candidates, asked.limit, asked.protected)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from attar.errors import PlanError
-from attar.records import Candidate, Cost
+from attar.records import Candidate, Cost, Protected
 
 Groups = Sequence[Sequence[str]]
 """Names of units, each in at most one group."""
@@ -78,6 +79,18 @@ def _sum(members: Sequence[Candidate]) -> Candidate:
     cost = Cost(sum(c.cost.weight_bytes for c in members), sum(c.cost.macs for c in members))
     nats = sum(c.predicted_damage or 0.0 for c in members)
     return Candidate(first.unit, first.treatment, first.settings, cost, nats)
+
+
+def fuse_protected(protected: Sequence[Protected], groups: Groups) -> tuple[Protected, ...]:
+    """Let the first of each group be worth what its members are together."""
+
+    def summed(worth: Mapping[str, float]) -> dict[str, float]:
+        return {**worth, **{group[0]: sum(worth[name] for name in group) for group in groups}}
+
+    return tuple(
+        replace(one, there=summed(one.there), everywhere=summed(one.everywhere))
+        for one in protected
+    )
 
 
 def expand(

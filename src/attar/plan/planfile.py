@@ -113,12 +113,14 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
     Raises:
         PlanError: A field is unknown or of the wrong kind.
     """
-    given = _field(content, "recipe", dict)
+    given = dict(_field(content, "recipe", dict))
     unset = Recipe(model="")
     known = {field.name for field in fields(unset)} - NOT_IN_RECIPE
     numbers = ("seed", "degrid", "calibration", "recovery", "audit", "rounds")
     for name, value in given.items():
         good = isinstance(value, int) if name in numbers else isinstance(value, str)
+        if name == "protect":
+            good = isinstance(value, list) and all(isinstance(one, str) for one in value)
         if name not in known or not good or isinstance(value, bool):
             raise PlanError(
                 f"the plan's recipe has {name!r}: {value!r}, which cannot be used.",
@@ -130,7 +132,8 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
             f"the plan keeps {keep}, which are not all names of units.",
             hint="write names between quotes, as in keep: ['3', '*.v_proj'].",
         )
-    return Recipe(model=_field(content, "model", str), keep=keep, **given)
+    protect = tuple(given.pop("protect", ()))
+    return Recipe(model=_field(content, "model", str), keep=keep, protect=protect, **given)
 
 
 def plan_to_yaml(plan: Plan) -> str:

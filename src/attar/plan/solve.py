@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from attar.errors import BudgetError
-from attar.records import Candidate
+from attar.records import Candidate, Protected
 
 # The solver stops when it has proved the plan to be within this share of the best one.
 RELATIVE_GAP = 1e-3
@@ -61,11 +62,19 @@ def usable(options: Sequence[Candidate]) -> list[Candidate]:
     return kept
 
 
-def solve(candidates: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str, Candidate]:
+def solve(
+    candidates: Mapping[str, Sequence[Candidate]],
+    limit: int,
+    protected: Sequence[Protected] = (),
+) -> dict[str, Candidate]:
     """Minimise the sum of predicted damage within `limit` bytes (units' tensors only).
 
+    Args:
+        protected: Slices that may lose only so much, each one line of the program.
+
     Raises:
-        BudgetError: Even the smallest candidates need more; names the smallest size reachable.
+        BudgetError: Even the smallest candidates need more, or no plan within the bytes spares the
+            slices; names the smallest that is reachable.
     """
     options = {name: usable(of) for name, of in candidates.items()}
     least = weight_bytes(smallest(candidates))
@@ -88,15 +97,55 @@ def solve(candidates: Mapping[str, Sequence[Candidate]], limit: int) -> dict[str
             constraints=[
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(kilobytes[None, :], -np.inf, limit / 1000),
+                *(_spared(one, flat, nats) for one in protected),
             ],
             options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT},
         )
+    if result.x is None and protected:
+        raise _none_spares(candidates, limit, protected)
     assert result.x is not None, result.message
     chosen, start = {}, 0
     for name, of in options.items():
         chosen[name] = of[int(np.argmax(result.x[start : start + len(of)]))]
         start += len(of)
     return _spend_the_rest(chosen, options, limit)
+
+
+def slice_damage(one: Protected, choices: Mapping[str, Candidate]) -> float:
+    """What choices are predicted to lose on a slice, before any correction, nats."""
+    return sum((_lost_there(one, choice) for choice in choices.values()), 0.0)
+
+
+def _lost_there(one: Protected, candidate: Candidate) -> float:
+    return _damage(candidate) * _share(one, candidate.unit)
+
+
+def _share(one: Protected, unit: str) -> float:
+    """How many times as much as on all data a change of a unit loses on a slice."""
+    everywhere = one.everywhere[unit]
+    return one.there[unit] / everywhere if everywhere > 0 else 1.0
+
+
+def _spared(one: Protected, flat: Sequence[Candidate], nats: np.ndarray) -> LinearConstraint:
+    """Build the constraint that a slice loses no more than it may; numbers near one."""
+    shares = np.array([_share(one, c.unit) for c in flat])
+    return LinearConstraint((one.correction * shares * nats / one.nats)[None, :], -np.inf, 1)
+
+
+def _none_spares(
+    candidates: Mapping[str, Sequence[Candidate]], limit: int, protected: Sequence[Protected]
+) -> BudgetError:
+    """Say how little each slice could lose within the bytes, were it asked for alone."""
+    least = []
+    for one in protected:
+        best = solve_by(candidates, limit, partial(_lost_there, one))
+        nats = one.correction * slice_damage(one, best)
+        least.append(f"{one.label} {nats:.3g} of {one.nats:g}")
+    return BudgetError(
+        f"no plan of this size spares the protected slices; the least that each could lose by "
+        f"itself, in nats: {', '.join(least)}.",
+        hint="raise --size, or let --protect SLICE:NATS lose more.",
+    )
 
 
 @contextmanager

@@ -40,16 +40,20 @@ def towers():
     return Towers().eval(), {"inputs": torch.randn(2, 2 * HALF)}
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
+def save_samples(path):
     """Samples of slice "a" speak to the left tower alone, and those of "b" to the right."""
-    monkeypatch.chdir(tmp_path)
     draws = np.random.default_rng(0)
     inputs = draws.standard_normal((600, 2 * HALF)).astype(np.float32)
     labels = np.array(["a", "b"])[np.arange(600) % 2]
     inputs[labels == "a", HALF:] = 0
     inputs[labels == "b", :HALF] = 0
-    np.savez("d.npz", inputs=inputs, where=labels)
+    np.savez(path, inputs=inputs, where=labels)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_samples("d.npz")
     return tmp_path
 
 

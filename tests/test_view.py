@@ -263,6 +263,8 @@ def test_the_page_may_say_where_it_is(viewer):
         '{"size": "50%"}',
         '{"size": "50%", "keep": [1]}',
         '{"size": "50%", "keep": "x"}',
+        '{"size": "50%", "keep": [], "protect": "x"}',
+        '{"size": "50%", "keep": [], "protect": [1]}',
         '{"size": "' + 50 * "1" + '", "keep": []}',
         100_000 * "[",
     ],

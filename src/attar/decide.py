@@ -346,7 +346,7 @@ def measure_plan(session: Session, decided: Decided, correction: float) -> Round
 
     with session.timed("measure"):
         measured, slices = session.finished.once(
-            f"damage, and of slices, of {_written(decided.plan.choices)}", damage
+            f"damage by slice of {_written(decided.plan.choices)}", damage
         )
     return Round(
         predicted_damage=decided.plan.predicted_damage,

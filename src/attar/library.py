@@ -33,7 +33,6 @@ from attar import (
     judging,
     narrowing,
     pipeline,
-    protecting,
     serving,
 )
 from attar.audited import Audit, Audits
@@ -355,12 +354,10 @@ def compress(
     Args:
         to: "gguf" writes one file that llama.cpp runs, "onnx" one that onnxruntime does.
         activations: With "onnx": "static" or "dynamic" computes in 8 bits too.
-        decide_by: See `plan`.
+        decide_by, cut, heal: See `plan`.
         protect: Slices that may lose only so many nats, as "SLICE:NATS".
         biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
-        cut: See `plan`.
-        heal: See `plan`.
         model: From `load`, or what `load` takes.
         workers: How many to start, or the address of a Ray to join; see `attar compress --help`.
         force, restart: Replace what an earlier run wrote; do again what a killed one finished.
@@ -385,7 +382,6 @@ def compress(
     )
     check_form(recipe)
     check_decider(recipe)
-    protecting.asked(recipe)
     pipeline.check_output(Path(out), force=force, restart=restart)
     opened = model if isinstance(model, Model) else load(model)
     recipe = replace(recipe, model=opened.name)

@@ -11,7 +11,8 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,16 +21,17 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from attar import protecting
 from attar.errors import AttarError, PlanError, SettingError
 from attar.export import FUSED_ROLES
 from attar.making import Making
 from attar.plan.candidates import pinned
 from attar.plan.choose import choose
 from attar.plan.frontier import FRONTIER_FILE, read_prices
-from attar.plan.fuse import groups_of
+from attar.plan.fuse import fuse_protected, groups_of
 from attar.plan.size import check_fits, parse_size
 from attar.plan.solve import smallest, solve, weight_bytes
-from attar.records import Budget, Candidate, Cut, FrontierPoint, Recipe, Unit, Units
+from attar.records import Budget, Candidate, Cut, FrontierPoint, Protected, Recipe, Unit, Units
 from attar.report.html import page_text
 from attar.report.record import FORMAT_VERSION, treatment_label
 from attar.report.sizes import (
@@ -132,8 +134,12 @@ def page_of(shown: Shown, token: str) -> bytes:
         raise PlanError(f"{shown.report / 'report.json'} lacks {error}.", hint=_HINT) from error
 
 
-def solve_again(shown: Shown, size: str, keep: Sequence[str]) -> dict[str, Any]:
+def solve_again(
+    shown: Shown, size: str, keep: Sequence[str], protect: Sequence[str] = ()
+) -> dict[str, Any]:
     """The best plan of another size, as the page shows it; no weight is touched.
+
+    Protected slices that the report has no worths for wait until a model is made.
 
     Raises:
         AttarError: The size cannot be read or had, or a pin names no unit.
@@ -146,20 +152,33 @@ def solve_again(shown: Shown, size: str, keep: Sequence[str]) -> dict[str, Any]:
         )
     budget = Budget(_size_bytes(shown, size), (*recipe.keep, *keep))
     candidates = pinned(shown.candidates, shown.units, keep)
+    groups = groups_of(list(candidates), FUSED_ROLES[recipe.to])
+    spared = fuse_protected(_protected(shown, replace(recipe, protect=tuple(protect))), groups)
     overhead = int(sizes["overhead_bytes"])
     check_fits(overhead + weight_bytes(smallest(candidates)), budget)
     choices = choose(
         candidates,
         budget.weight_bytes - overhead,
         units=shown.units,
-        groups=groups_of(list(candidates), FUSED_ROLES[recipe.to]),
+        groups=groups,
         build=build_transform,
-        decide=solve,
+        decide=partial(solve, protected=spared),
     )
     found = _as_near(sizes["points"], choices, overhead)
     table = Treatments(treatment_label, {unit.name: unit.n_weights for unit in shown.units})
     point = show_point(point_to_json(found, sizes["n_parameters"], table))
     return {"point": point, "treatments": [show_treatment(row) for row in table.rows]}
+
+
+def _protected(shown: Shown, recipe: Recipe) -> list[Protected]:
+    """Slices with what each unit is worth there, as the report has it."""
+    units = shown.facts["units"]
+    everywhere = {unit["name"]: unit["worth"] or 0.0 for unit in units}
+    return [
+        Protected(label, nats, {u["name"]: u["slices"][label] for u in units}, everywhere)
+        for label, nats in protecting.asked(recipe)
+        if all(label in unit["slices"] for unit in units)
+    ]
 
 
 def _as_near(
@@ -215,16 +234,20 @@ class Viewer(ThreadingHTTPServer):
         self.making.stop()
         super().server_close()
 
-    def make(self, shown: Shown, size: str, keep: Sequence[str]) -> dict[str, Any]:
+    def make(
+        self, shown: Shown, size: str, keep: Sequence[str], protect: Sequence[str]
+    ) -> dict[str, Any]:
         """Begin to make a size in a new folder beside that of the report."""
         if shown.facts["frontier"]["options"] is None:
             raise PlanError(
                 "the model or its data was given from Python, and cannot be opened again.",
                 hint="call attar.compress there, with another size.",
             )
-        solve_again(shown, size, keep)  # what cannot be had is refused now, and not in minutes
+        solve_again(
+            shown, size, keep, protect
+        )  # what cannot be had is refused now, and not in minutes
         out = _new_folder(shown.folder, typed_size(_size_bytes(shown, size)))
-        pins = [f"--keep={name}" for name in keep]
+        pins = [f"--keep={name}" for name in keep] + [f"--protect={one}" for one in protect]
         words = ["apply", str(shown.report), f"--size={size}", f"--out={out}", *pins, *self.options]
         return {"number": self.making.start(words, out)}
 
@@ -288,12 +311,12 @@ class Answer(BaseHTTPRequestHandler):
         asked = self._wish()
         if asked is None:
             return
-        size, keep = asked
+        size, keep, protect = asked
         shown = self.server.shown[number]
         if name == "solve":
-            self._answer(lambda: solve_again(shown, size, keep))
+            self._answer(lambda: solve_again(shown, size, keep, protect))
         elif name == "apply":
-            self._answer(lambda: self.server.make(shown, size, keep))
+            self._answer(lambda: self.server.make(shown, size, keep, protect))
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing to do there.")
 
@@ -324,8 +347,8 @@ class Answer(BaseHTTPRequestHandler):
         self._refuse(HTTPStatus.FORBIDDEN, "only the page itself may ask; load it again.")
         return False
 
-    def _wish(self) -> tuple[str, list[str]] | None:
-        """The size and the pins that are asked for; None when that was refused."""
+    def _wish(self) -> tuple[str, list[str], list[str]] | None:
+        """The size, the pins and the slices that are asked for; None when that was refused."""
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal()):
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "the length is missing.")
@@ -335,14 +358,14 @@ class Answer(BaseHTTPRequestHandler):
             return None
         try:
             asked = json.loads(self.rfile.read(int(length)))
-            size, keep = asked["size"], asked["keep"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            size, keep = None, None
-        good = isinstance(size, str) and len(size) <= MOST_SIZE_LETTERS and isinstance(keep, list)
-        if not good or not all(isinstance(name, str) and "\0" not in name for name in keep):
-            self._refuse(HTTPStatus.BAD_REQUEST, "a size and a list of names are wanted.")
+            size, keep, protect = asked["size"], asked["keep"], asked.get("protect", [])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            size, keep, protect = None, None, None
+        good = isinstance(size, str) and len(size) <= MOST_SIZE_LETTERS
+        if not good or not all(map(_are_names, (keep, protect))):
+            self._refuse(HTTPStatus.BAD_REQUEST, "a size and lists of names are wanted.")
             return None
-        return size, keep
+        return size, keep, protect
 
     def _answer(self, work: Any) -> None:
         """Send what was found as JSON, or what is wrong and what to do instead."""
@@ -370,3 +393,8 @@ class Answer(BaseHTTPRequestHandler):
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         self.wfile.write(body)
+
+
+def _are_names(given: Any) -> bool:
+    """Whether something is a list of words that can be typed."""
+    return isinstance(given, list) and all(isinstance(n, str) and "\0" not in n for n in given)

@@ -425,6 +425,11 @@ def test_what_cannot_be_opened_is_refused_by_an_audit(tmp_path, typed, monkeypat
     code, shown = typed("audit", *words)
     assert code == 2 and "small.tflite is a model of LiteRT" in shown.err
     assert "hint: ai-edge-litert runs it" in shown.err
+    # before the original's data is read or made, which may take minutes; of several models too
+    missing = [*words[:-1], "no-such-data.npz"]
+    for named in (missing, [words[0], "toy_code:other", *missing[1:]]):
+        code, shown = typed("audit", *named)
+        assert code == 2 and "small.tflite is a model of LiteRT" in shown.err
 
 
 def test_a_model_that_answers_nan_is_not_let_write(text_here, typed):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,10 +47,22 @@ class Auditor:
         AttarError: What was asked for does not go together, or with this model.
     """
 
-    def __init__(self, original: Recipe, wishes: Wishes, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        original: Recipe,
+        compressed: Sequence[Recipe],
+        wishes: Wishes,
+        progress: Progress | None,
+    ) -> None:
         has_reference = wishes.reference is not None
         drifting.check_asked(wishes.policy, drift=wishes.drift, reference=has_reference)
         self._read = behaving.read_asked(wishes.behaviours)
+        # What cannot be opened is refused before data is made; of several, none is held meanwhile.
+        opened: Model | None = None
+        for one in compressed:
+            opened = None
+            opened = open_model(one)
+        self._opened = opened if len(compressed) == 1 else None
         self.session = open_recipe(original, progress)
         behaving.check_asked(self.session.model, wishes.behaviours)
         if wishes.corruptions:
@@ -81,7 +93,7 @@ class Auditor:
 
     def against(self, compressed: Recipe) -> tuple[Report, Measured]:
         """Open one compressed model, and compare."""
-        wishes, other = self._wishes, open_model(compressed)
+        wishes, other = self._wishes, self._opened or open_model(compressed)
         session = _about(self.session, other, Path(compressed.model))
         if wishes.drift:
             drifting.check_models(session, other, self._reference)

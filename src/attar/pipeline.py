@@ -299,7 +299,7 @@ def audit(
     """
     if out is not None and restart:
         discard(out)
-    auditor = Auditor(original, wishes, progress)
+    auditor = Auditor(original, [compressed], wishes, progress)
     with auditor.keeping(out):
         return auditor.against(compressed)[0]
 
@@ -316,7 +316,7 @@ def audit_all(
     """Compare several models with one original, each as `audit` does, and find what all forget."""
     if out is not None and restart:
         discard(out)
-    auditor = Auditor(original, wishes, progress)
+    auditor = Auditor(original, compressed, wishes, progress)
     with auditor.keeping(out):
         reports, measured = zip(*(auditor.against(one) for one in compressed), strict=True)
     names = [one.model for one in compressed]

@@ -81,7 +81,7 @@ def row(session: Session, way: Way, bits: float, name: str, start: float) -> Row
     """What a way makes of the model, and loses."""
     own, weights = way.session, substitutions(way.decided.treated)
     narrowed = cut_again.narrowed(own)
-    before, after = narrowed.milliseconds if narrowed else (float("nan"), float("nan"))
+    before, after = narrowed.milliseconds if narrowed else ("", "")
     return {
         "model": session.model.name,
         "bits": bits,

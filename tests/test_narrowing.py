@@ -295,6 +295,25 @@ def test_cutting_alone_meets_a_size_in_16_bits(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_size_below_the_fewest_bits_is_met_by_cutting_first(tmp_path):
+    asked = replace(recipe(tmp_path, "classifier"), size="3300")
+    with pytest.raises(BudgetError):
+        pipeline.compress(asked, tmp_path / "rounded")
+    report = pipeline.compress(replace(asked, cut="auto"), tmp_path / "small")
+    assert report.bytes_after <= 3300 and report.plan.cuts
+    assert any("rounding alone does not fit" in note for note in report.plan.notes)
+
+
+def test_an_onnx_file_holds_the_narrower_network(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    asked = replace(recipe(tmp_path, "classifier", cut="only", to="onnx"), size="10kB")
+    report = pipeline.compress(asked, tmp_path / "small")
+    graph = onnx.load(tmp_path / "small/model.onnx").graph
+    shapes = {tuple(one.dims) for one in graph.initializer}
+    assert {unit.shape for unit in report.left.values()} <= shapes
+    assert report.plan.cuts and report.verdict.outcome == "passed"
+
+
 def test_nothing_that_is_kept_is_cut(tmp_path):
     asked = recipe(tmp_path, "classifier", cut="only", keep=("5",))
     report = pipeline.compress(replace(asked, size="8kB"), tmp_path / "kept")

@@ -164,16 +164,19 @@ def _notes(best: Way, ways: Sequence[Way]) -> Iterator[str]:
             f"and with a cut before it {min(way.measured for way in ways[1:]):.3g}."
         )
     else:
-        numbers, whole = (
-            cost.count_numbers(way.session.units, way.session.units.leftovers)
-            for way in (best, alone)
-        )
-        yield (
-            f"cut: {sum(len(cut.units) for cut in cuts)} units of "
-            f"{len({cut.group for cut in cuts})} groups, {1 - numbers / whole:.1%} of all numbers, "
-            f"which measured {best.cut_damage:.3g} nats on recovery data; with rounding "
-            f"{best.measured:.3g}, and {alone.measured:.3g} by rounding alone."
-        )
+        measured = f"with rounding {best.measured:.3g}, and {alone.measured:.3g} by rounding alone"
+        yield f"{_said(best)}; {measured}."
+
+
+def _said(way: Way) -> str:
+    """What a way cut, and what that measured."""
+    session, cuts = way.session, way.session.cuts
+    left = cost.count_numbers(session.units, session.units.leftovers)
+    return (
+        f"cut: {sum(len(cut.units) for cut in cuts)} units of {len({cut.group for cut in cuts})} "
+        f"groups, {1 - left / session.n_parameters:.1%} of all numbers, which measured "
+        f"{way.cut_damage:.3g} nats on recovery data"
+    )
 
 
 def _cut_until_it_fits(
@@ -212,7 +215,12 @@ def _only_cut(session: Session) -> Way:
     """Cut until everything in 16 bits fits, and round nothing more."""
     each = dict.fromkeys((unit.name for unit in session.units), float(cost.FLOAT16_BYTES))
     hint = "use --cut auto, which rounds as well, or raise --size."
-    return rounded_after(_cut_until_it_fits(session, each, "cutting alone leaves", hint))
+    way = rounded_after(_cut_until_it_fits(session, each, "cutting alone leaves", hint))
+    return _noting(way, _said(way) + ".")
+
+
+def _noting(way: Way, note: str) -> Way:
+    return replace(way, decided=way.decided.noting([note]))
 
 
 def _cut_first(session: Session, statistics: Statistics, candidates: Candidates) -> Way:
@@ -222,4 +230,5 @@ def _cut_first(session: Session, statistics: Statistics, candidates: Candidates)
         unit.name: least[unit.name].cost.weight_bytes / unit.n_weights for unit in session.units
     }
     why, hint = "cutting and the fewest bits leave", "raise --size."
-    return rounded_after(_cut_until_it_fits(session, each, why, hint))
+    way = rounded_after(_cut_until_it_fits(session, each, why, hint))
+    return _noting(way, _said(way) + "; rounding alone does not fit the budget.")

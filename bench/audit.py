@@ -4,7 +4,8 @@ Faults are planted in copies of small networks that were really trained (`audit_
 the audit is asked who is to blame. What a plan's way back returns is predicted and measured. Two
 language models are compared on 100,000 tokens beside two bare forward passes over them.
 
-A number after a colon plants so many faults: `--models "one head removed:20"`.
+A number after a colon plants so many faults, or compares so many tokens: `--models "one head
+removed:20"`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def measure(options: Options) -> Iterator[Row]:
         plants = int(number_) if number_ else (4 if options.quick else PLANTS)
         start = time.perf_counter()
         if name == SPEED:
-            yield {"model": name, **speed(options)}
+            tokens = SPEED_QUICK if options.quick else SPEED_TOKENS
+            yield {"model": name, **speed(options, int(number_ or tokens))}
         elif name == RETURNS:
             rank, pairs = ways_back(plants)
             yield {"model": name, "plants": pairs, "rank_correlation": rank}
@@ -161,9 +163,8 @@ def ways_back(plants: int) -> tuple[float, int]:
     return float(spearmanr(predicted, returned).statistic), len(predicted)
 
 
-def speed(options: Options) -> dict[str, float]:
+def speed(options: Options, tokens: int) -> dict[str, float]:
     """Time an audit of two language models beside two bare forward passes over the same tokens."""
-    tokens = SPEED_QUICK if options.quick else SPEED_TOKENS
     text = str(options.wikitext / "wiki.test.raw")
     recipe = Recipe("smollm2", data=text, calibration=512, recovery=512, audit=tokens)
     session = open_recipe(recipe)

@@ -26,7 +26,7 @@ from attar.transform.on_grid import dead_zone, opened, with_levels
 # few batches ask for is chance, and weights that leave their levels do harm.
 RATE = 0.003
 # Of floats, as a share of their root mean square, over that.
-RATE_OF_FLOATS = 1.0
+RATE_OF_FLOATS = 0.3
 # At the recovery data.
 LOOKS = 10
 # A run that is slower than its first steps were is ended after so much of its time.

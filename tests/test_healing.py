@@ -14,18 +14,18 @@ import yaml
 from test_resuming import KILLED
 from torch import nn
 
-from attar import pipeline
+from attar import healing, pipeline
 from attar.cli import main
 from attar.divergence import Divergence
 from attar.errors import PlanError, SettingError
-from attar.heal import Descent, Levels, OnGrid, Whole, Wish, parse_wish
+from attar.heal import Descent, Grid, OnGrid, Whole, Wish, parse_wish
 from attar.heal.descend import BATCHES_PER_STEP, DECAYS, rate_at
 from attar.load.data import DataSizes, load_data
 from attar.load.model import load_model
 from attar.plan.planfile import plan_to_yaml
 from attar.records import Recipe, RowWeights, Silent, Unit
 from attar.transform.apply import Treated, build_transform
-from attar.transform.on_grid import dead_zone, opened, with_levels
+from attar.transform.on_grid import fits, opened, with_levels
 
 TOY = ["toy_code:classifier", "--task", "classify"]
 CODE = ["--factory", "toy_code:classifier"]
@@ -64,30 +64,30 @@ def test_another_wish_is_refused_with_one_to_type(text):
 # --- weights on a grid
 
 
-def levels_of(start, wanted, zone=0.0):
+def grid_of(start, wanted):
     ends = torch.full_like(start, -3.0), torch.full_like(start, 3.0)
     step = draws(*start.shape, seed=2).abs() + 0.1
-    return Levels(start, wanted, step, *ends, shape=tuple(start.shape), dead_zone=zone)
+    return Grid(start, wanted, step, *ends, shape=tuple(start.shape))
 
 
 def test_a_weight_starts_at_its_levels_and_gradients_pass_the_rounding():
     start = torch.tensor([[0.0, -2.0, 3.0], [1.0, 0.0, -3.0]])
-    levels = levels_of(start, start + draws(2, 3))
-    part = OnGrid(levels)
-    assert torch.equal(part.tensor(), start * levels.step)
+    grid = grid_of(start, start + draws(2, 3))
+    part = OnGrid(grid)
+    assert torch.equal(part.tensor(), start * grid.step)
     assert not torch.equal(part.learned, start)  # not all in the middle
     (part.tensor() * draws(2, 3, seed=5)).sum().backward()
-    torch.testing.assert_close(part.learned.grad, draws(2, 3, seed=5) * levels.step)
+    torch.testing.assert_close(part.learned.grad, draws(2, 3, seed=5) * grid.step)
 
 
 @pytest.mark.parametrize("zone", [0.0, 0.2, 0.45])
 def test_a_dead_zone_keeps_what_has_not_passed_it(zone):
     start = torch.zeros(5, 7)
-    part = OnGrid(levels_of(start, start, zone))
+    part = OnGrid(grid_of(start, start))
     with torch.no_grad():
         part.learned.copy_(2.5 * draws(5, 7, seed=3))
     for behind, level in zip(
-        part.learned.flatten().tolist(), part.levels().flatten().tolist(), strict=True
+        part.learned.flatten().tolist(), part.levels(zone).flatten().tolist(), strict=True
     ):
         size, sign = abs(behind), 1 if behind > 0 else -1
         whole = int(size)
@@ -125,22 +125,46 @@ def test_levels_are_stored_as_they_were_read(treatment, settings):
     )
 
 
+def part_of(one):
+    grid = opened(one)
+    within = (lambda levels: fits(one, levels)) if grid.is_coded else None
+    ends, shape = (grid.lowest, grid.highest), one.unit.shape
+    return OnGrid(Grid(grid.levels, grid.levels, grid.step, *ends, shape, within)), grid
+
+
 @pytest.mark.parametrize(("treatment", "settings"), ON_GRID)
 def test_other_levels_are_read_back_and_take_no_more_bytes(treatment, settings):
     one, _ = treated(treatment, settings)
-    grid = opened(one)
-    moved = grid.levels + 0.8 * draws(*grid.levels.shape, seed=7)
-    zone = dead_zone(one, moved)
-    ends = grid.lowest, grid.highest
-    part = OnGrid(Levels(grid.levels, grid.levels, grid.step, *ends, one.unit.shape, None, zone))
+    part, grid = part_of(one)
     with torch.no_grad():
-        part.learned.copy_(moved)
+        part.learned += 0.8 * draws(*grid.levels.shape, seed=7)
+    part.fit()
     assert (part.levels() != grid.levels).float().mean() > 0.1
     again = with_levels(one, part.levels())
     torch.testing.assert_close(again.weight(), part.levels() * grid.step, rtol=1e-6, atol=1e-7)
     assert {n: t.nbytes for n, t in again.tensors.items()} == {
         n: t.nbytes for n, t in one.tensors.items()
     }
+
+
+def test_the_dead_zone_is_the_least_that_fits():
+    one, _ = treated("quantize_entropy", {"bits": 2.5})
+    part, grid = part_of(one)
+    with torch.no_grad():
+        part.learned += 0.3 * draws(*grid.levels.shape, seed=7)
+    assert not fits(one, part.levels())
+    part.fit()
+    assert fits(one, part.levels())
+    assert not fits(one, part.levels(part._dead_zone - 0.003))
+
+
+def test_levels_that_fit_with_no_dead_zone_begin_anew():
+    one, _ = treated("quantize_entropy", {"bits": 2.5})
+    part, grid = part_of(one)
+    with torch.no_grad():
+        part.learned += 40 * draws(*grid.levels.shape, seed=7)
+    part.fit()
+    assert torch.equal(part.levels(), grid.levels)
 
 
 def test_what_is_on_no_grid_stays():
@@ -247,6 +271,17 @@ def test_healing_returns_damage_within_the_same_bytes_and_a_plan_heals_again(her
     weights = "model.safetensors"
     assert hashes(here / "again")[weights] == hashes(here / "out")[weights]
     assert hashes(here / "plain")[weights] != hashes(here / "out")[weights]
+
+
+def test_where_no_step_measures_better_what_was_made_stays(here, monkeypatch):
+    monkeypatch.setattr(healing, "RATE", 1e4)
+    plain = pipeline.compress(recipe("none"), here / "plain")
+    spoilt = pipeline.compress(recipe("distill=20steps"), here / "out")
+    assert spoilt.plan.healed.steps == 0
+    assert any("healed (distill, 0 of 20 steps)" in note for note in spoilt.plan.notes)
+    weights = "model.safetensors"
+    assert hashes(here / "out")[weights] == hashes(here / "plain")[weights]
+    assert spoilt.verdict.groups == plain.verdict.groups
 
 
 def test_a_run_that_is_killed_while_it_heals_goes_on_from_there(here):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from attar import decide
 from attar.cost import leftover_dtype
 from attar.decide import Decided
 from attar.errors import SettingError
-from attar.heal import STEPS_PER_FIT, Descent, Levels, OnGrid, Part, State, Whole, Wish, parse_wish
+from attar.heal import STEPS_PER_FIT, Descent, Grid, OnGrid, Part, State, Whole, Wish, parse_wish
 from attar.records import Healed, Model, Plan
 from attar.session import Session
 from attar.transform.apply import Treated, biases
 from attar.transform.keep_float import KeepFloat
-from attar.transform.on_grid import dead_zone, opened, with_levels
+from attar.transform.on_grid import fits, opened, with_levels
 
 # Of a step of the grid, what one step of Adam moves a weight: where it moves more, most of what a
 # few batches ask for is chance, and weights that leave their levels do harm.
@@ -129,11 +130,15 @@ class _Healing:
             best = self._turn(end, of, best)
             if self._too_late(time.perf_counter() - begin):
                 break
+        healed = Healed(self._wish.method, best.step, of, before, best.damage)
+        if not healed.steps:  # no look measured better
+            made = replace(self._decided.plan, healed=healed)
+            return self._session, replace(self._decided, plan=made).noting([_note(healed)])
         with torch.no_grad():
             for name, part in self._parts.items():
                 part.learned.copy_(best.learned[name])
         descent.fit()
-        return self._stored(Healed(self._wish.method, best.step, of, before, best.damage))
+        return self._stored(healed)
 
     def _ends(self, of: int, last: int) -> list[int]:
         """Steps after which there is a look; those before what an earlier run kept are left out."""
@@ -204,17 +209,9 @@ def _part(treated: Treated, weight: Tensor) -> Part | None:
     if grid is None:
         is_float = isinstance(treated.transform, KeepFloat)
         return Whole(treated.weight(), RATE_OF_FLOATS) if is_float else None
-    ends = grid.lowest, grid.highest
-    return OnGrid(
-        Levels(
-            grid.levels,
-            weight / grid.step,
-            grid.step,
-            *ends,
-            shape=treated.unit.shape,
-            fitting=lambda behind: dead_zone(treated, behind),
-        )
-    )
+    ends, shape = (grid.lowest, grid.highest), treated.unit.shape
+    within = partial(fits, treated) if grid.is_coded else None
+    return OnGrid(Grid(grid.levels, weight / grid.step, grid.step, *ends, shape, within))
 
 
 def _closed(treated: Treated, part: Part | None) -> Treated:

@@ -63,6 +63,7 @@ def forecast_memory(session: Session) -> int:
         samples_at_once=STREAMS * samples_at_once(session.model.task.name),
         statistics_bytes=statistics_bytes(session.units),
         priced_weights_at_once=CHUNK_WEIGHTS,
+        learns=session.recipe.heal != "none",
     )
     there = machine_bytes()
     if there is not None and wanted > there:
@@ -259,7 +260,8 @@ def _group_claims(
 
     Where units were cut, that is a group of its own, and the others are compared with what it left.
     """
-    if decided.plan.healed is not None:
+    healed = decided.plan.healed
+    if healed is not None and healed.steps:
         return []  # each part has learned to make good what the others do
     n = max(1, round(len(session.data.audit) * GROUP_SHARE))
     original, task = session.model.module, session.model.task

@@ -29,7 +29,6 @@ from attar import (
     decide,
     drifting,
     equalising,
-    healing,
     judging,
     narrowing,
     pipeline,
@@ -51,8 +50,6 @@ from attar.records import (
 from attar.remembered import Made, judged, made_from, remember, with_plan
 from attar.session import Session, open_model, open_session
 from attar.transform.apply import biases, build_transform, materialise
-from attar.trials import check_decider
-from attar.writing import check_form
 
 Arrays = str | Path | Tensor | Mapping[str, Any] | None
 """A file or folder, the model's first input as one tensor, named inputs, or the default data."""
@@ -130,7 +127,6 @@ def plan(
     decide_by: str = "price",
     equalise: str = "none",
     cut: str = "off",
-    heal: str = "none",
 ) -> Plan:
     """Decide what to do with every unit so that the written folder has at most a size.
 
@@ -143,7 +139,6 @@ def plan(
             their scales end to end.
         cut: "auto" also cuts channels, neurons and heads whose bytes are worth more elsewhere,
             where that measures better; "only" cuts until the size is met, and rounds nothing.
-        heal: "distill=10min" lets what was made learn to answer as the original for so long.
 
     Raises:
         BudgetError: The size cannot be read, or cannot be reached.
@@ -157,7 +152,6 @@ def plan(
         decide=decide_by,
         equalise=equalise,
         cut=cut,
-        heal=heal,
     )
     session = replace(known.session, recipe=asked)
     pipeline.check_wishes(session)
@@ -166,7 +160,7 @@ def plan(
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
     way = narrowing.plan(*equalising.equalise(session, known.statistics))
-    session, decided = healing.heal(way.session, way.decided)
+    session, decided = way.session, way.decided
     # A copy is remembered: what holds the plan itself would keep it alive for ever.
     copied = replace(decided, plan=replace(decided.plan))
     remember(decided.plan, Made(model, known, copied, session))
@@ -215,10 +209,7 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
         session = replace(
             session, model=replace(session.model, module=deepcopy(session.model.module))
         )
-    session, statistics = equalising.follow(session, known.statistics, plan.equalised)
-    session, statistics = cut_again.follow(session, statistics, plan.cuts)
-    decided = decide.follow(session, plan, statistics)
-    session, decided = healing.follow(session, decided, plan)
+    session, decided = pipeline.follow(session, known.statistics, plan)
     return Made(model, known, decided, session)
 
 
@@ -354,7 +345,8 @@ def compress(
     Args:
         to: "gguf" writes one file that llama.cpp runs, "onnx" one that onnxruntime does.
         activations: With "onnx": "static" or "dynamic" computes in 8 bits too.
-        decide_by, cut, heal: See `plan`.
+        decide_by, cut: See `plan`.
+        heal: "distill=10min" lets what was made learn to answer as the original for so long.
         protect: Slices that may lose only so many nats, as "SLICE:NATS".
         biases: "moved" lets them take up the mean error that rounding their layer makes.
         equalise: "auto" changes channels before rounding where that pays; `model` stays as it is.
@@ -380,8 +372,7 @@ def compress(
         cut=cut,
         heal=heal,
     )
-    check_form(recipe)
-    check_decider(recipe)
+    pipeline.check_recipe(recipe)
     pipeline.check_output(Path(out), force=force, restart=restart)
     opened = model if isinstance(model, Model) else load(model)
     recipe = replace(recipe, model=opened.name)

@@ -36,6 +36,10 @@ PRICED_COPIES = 24
 # Copies of the largest weight, in float32, while it is rounded and range coded: itself, what it
 # decodes to, the change, and codes of two settings.
 TREATED_COPIES = 5
+# For each number that learns: what is learned, Adam's two, the step of its grid, where it started,
+# the best so far and what a look keeps (26); two copies of the model (8); and of two passes what
+# weights become (24) with their gradients and the sum (12).
+LEARNED_BYTES = 70
 # What the allocator keeps of memory that was freed, as a share of what comes and goes.
 ALLOCATOR_SLACK = 1.25
 
@@ -129,12 +133,14 @@ def forecast(
     samples_at_once: int,
     statistics_bytes: int,
     priced_weights_at_once: int,
+    learns: bool = False,
 ) -> int:
     """Say the peak of the whole run before it starts, from shapes and one small forward pass.
 
     Statistics are there throughout; on top of them comes the larger of one backward pass and the
-    pricing of the largest weight. Where the weights lie on disk, so do statistics, codes, and what
-    waits for the way back; a pass then reads one weight at a time.
+    pricing of the largest weight. What is made learns, where it does, when they are gone. Where the
+    weights lie on disk, so do statistics, codes, and what waits for the way back; a pass then reads
+    one weight at a time.
     """
     samples = len(next(iter(model.examples.values())))
     batch = batches[0]
@@ -155,4 +161,6 @@ def forecast(
         return int(resident_bytes() + ALLOCATOR_SLACK * passing)
     passing = max(saved + outputs, priced)
     stored = sum(unit.n_weights for unit in units)  # packed codes, at most a byte each
-    return int(resident_bytes() + statistics_bytes + stored + ALLOCATOR_SLACK * passing)
+    planned = statistics_bytes + stored + ALLOCATOR_SLACK * passing
+    learned = ALLOCATOR_SLACK * (saved + outputs) + LEARNED_BYTES * stored if learns else 0
+    return int(resident_bytes() + max(planned, learned))

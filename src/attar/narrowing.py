@@ -97,11 +97,7 @@ def solved(session: Session, statistics: Statistics, candidates: Candidates) -> 
 
 
 def rounded_after(narrow: Narrow) -> Way:
-    """Gather, price and decide with the network that was cut.
-
-    What trains the smaller network against the original belongs before this: it is given a session
-    and gives one back.
-    """
+    """Gather, price and decide with the network that was cut."""
     session = narrow.session
     statistics = decide.explain(session)
     way = solved(session, statistics, decide.price(session, statistics))

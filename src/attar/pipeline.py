@@ -1,7 +1,9 @@
 """The whole product. Read this first: each line calls a stage, and each stage is a folder.
 
-load → explain → cost → plan → transform → audit → export → report
-        Scores    Cost   Plan   Receipt     Verdict
+load → explain → cost → (equalise → cut →) plan → transform (→ heal) → export → audit → report
+        Scores    Cost                     Plan   Receipt                        Verdict
+
+What is in brackets is done where the recipe asks for it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from attar import (
 from attar.auditing import Auditor, Wishes
 from attar.explain import CRITERIA
 from attar.export import attar_folder
+from attar.heal import parse_wish
 from attar.memory import peak_bytes
 from attar.plan.candidates import check_keep
 from attar.plan.frontier import FRONTIER_FILE, frontier_to_json
@@ -65,11 +68,17 @@ def compress(
     Raises:
         AttarError: What was found and what to type instead; nothing is written then.
     """
+    check_recipe(recipe)
+    check_output(out, force=force, restart=restart)
+    return compress_session(open_recipe(recipe, progress), out)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse ways that there are not, or that do not go together, before a model is loaded."""
     writing.check_form(recipe)
     check_decider(recipe)
     protecting.asked(recipe)
-    check_output(out, force=force, restart=restart)
-    return compress_session(open_recipe(recipe, progress), out)
+    parse_wish(recipe.heal)
 
 
 def check_output(out: Path, *, force: bool, restart: bool) -> None:
@@ -106,8 +115,9 @@ def compress_session(
             way = narrowing.solved(session, statistics, priced.candidates)
         sizes = sizing.around(way.session, way.candidates, way.decided, way.statistics)
         sizes = replace(sizes, opens_again=opens_again)
-        session, decided = healing.heal(way.session, way.decided)
-        del statistics, way  # the largest thing in memory, and the audit does not need it
+        session, decided = way.session, way.decided
+        del statistics, way  # the largest thing in memory, and what follows does not need it
+        session, decided = healing.heal(session, decided)
         return finish(session, decided, scores, relevance, out, forecast, sizes)
 
 
@@ -129,12 +139,17 @@ def apply_plan_file(
     with session.keeping(out) as session:
         statistics = decide.explain(session)
         scores, relevance = score_all(session, statistics), decide.relevance(statistics)
-        session, statistics = equalising.follow(session, statistics, plan.equalised)
-        session, statistics = cut_again.follow(session, statistics, plan.cuts)
-        decided = decide.follow(session, plan, statistics)
+        session, decided = follow(session, statistics, plan)
         del statistics
-        session, decided = healing.follow(session, decided, plan)
         return finish(session, decided, scores, relevance, out, forecast)
+
+
+def follow(session: Session, statistics: Statistics, plan: Plan) -> tuple[Session, decide.Decided]:
+    """Equalise, cut, treat and heal as a plan says."""
+    session, statistics = equalising.follow(session, statistics, plan.equalised)
+    session, statistics = cut_again.follow(session, statistics, plan.cuts)
+    decided = decide.follow(session, plan, statistics)
+    return healing.follow(session, decided, plan)
 
 
 def finish(
@@ -202,9 +217,7 @@ def plan(
     Args:
         out: Where it will be written; what is finished is kept beside it meanwhile.
     """
-    writing.check_form(recipe)
-    check_decider(recipe)
-    protecting.asked(recipe)
+    check_recipe(recipe)
     session = open_recipe(recipe, progress)
     check_wishes(session)
     session = protecting.labelled(session)
@@ -218,9 +231,8 @@ def frontier(
     recipe: Recipe, out: Path, *, force: bool, restart: bool = False, progress: Progress | None
 ) -> Frontier:
     """Price once, and write what the least damage is at every size, as a page and as JSON."""
-    writing.check_form(recipe)
+    check_recipe(recipe)
     writing.check_all_sizes(recipe)
-    check_decider(recipe)
     attar_folder.check_output(out, force=force, holds=(FRONTIER_FILE,), option="--frontier")
     if restart:
         discard(out)

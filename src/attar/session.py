@@ -52,7 +52,7 @@ from attar.transform.apply import build_transform
 from attar.workers import Workers, start
 
 # Read beside the three splits where something is to be learned: tokens, or samples, at most.
-MORE = {"language": 524_288, "classify": 1_024, "embed": 8_192}
+MORE = {"language": 524_288, "classify": 512, "embed": 8_192}
 # A prediction of a language model is one of thousands; one of a classifier is one of few, so more
 # answers are drawn for each to see as many gradients.
 DRAWS = {"classify": 4, "regress": 4, "embed": 4, "transcribe": 2}

@@ -243,9 +243,8 @@ class Viewer(ThreadingHTTPServer):
                 "the model or its data was given from Python, and cannot be opened again.",
                 hint="call attar.compress there, with another size.",
             )
-        solve_again(
-            shown, size, keep, protect
-        )  # what cannot be had is refused now, and not in minutes
+        # What cannot be had is refused now, and not in minutes.
+        solve_again(shown, size, keep, protect)
         out = _new_folder(shown.folder, typed_size(_size_bytes(shown, size)))
         pins = [f"--keep={name}" for name in keep] + [f"--protect={one}" for one in protect]
         words = ["apply", str(shown.report), f"--size={size}", f"--out={out}", *pins, *self.options]

@@ -1,14 +1,14 @@
 """Let a compressed model learn to answer as the original, with what it is stored as in the loop."""
 
 from attar.heal.descend import STEPS_PER_FIT, Descent, State
-from attar.heal.parts import Levels, OnGrid, Part, Whole
+from attar.heal.parts import Grid, OnGrid, Part, Whole
 from attar.heal.wish import METHODS, Wish, parse_wish
 
 __all__ = [
     "METHODS",
     "STEPS_PER_FIT",
     "Descent",
-    "Levels",
+    "Grid",
     "OnGrid",
     "Part",
     "State",

@@ -12,6 +12,8 @@ from torch import Tensor
 TINY = 1e-12
 # Of a step, how far from the middle a number may start that is rounded to a level.
 NEAR_THE_EDGE = 0.4
+# A dead zone is searched for between none and nearly half a step, in halves.
+WIDEST, HALVINGS = 0.499, 8
 
 
 class Whole:
@@ -33,21 +35,18 @@ class Whole:
         return self.learned * self._unit
 
 
-@dataclass
-class Levels:
-    """Whole numbers on a grid, as they are stored.
+@dataclass(frozen=True)
+class Grid:
+    """Levels that a weight may be stored at, and where it stands.
 
     Attributes:
-        start: Where they start.
+        start: Levels as they are stored: whole numbers, 0 for a weight of 0.
         wanted: What they were rounded from, in steps.
-        step: Between two of them; of each weight.
-        lowest: Of each weight, or of all.
+        step: Between two levels; of each weight.
+        lowest: Level of each weight, or of all.
         highest: The same.
         shape: That the model reads.
-        dead_zone: Who leaves a level for one farther from 0 must pass the middle by so many steps.
-            What is entropy coded may take no more bytes than before, and 0 takes fewest.
-        fitting: Sets the dead zone for which what is learned takes the bytes there are; None where
-            all levels take as many.
+        fits: Whether levels take no more bytes than there are; None where all take as many.
     """
 
     start: Float[Tensor, "rows columns"]
@@ -56,14 +55,15 @@ class Levels:
     lowest: Tensor
     highest: Tensor
     shape: tuple[int, ...]
-    fitting: Callable[[Tensor], float] | None = None
-    dead_zone: float = 0.0
+    fits: Callable[[Tensor], bool] | None = None
 
 
 class OnGrid:
     """A weight on a grid: a number behind each is learned, and rounded wherever it is read.
 
-    The gradient passes the rounding as if it were not there (straight-through estimator).
+    The gradient passes the rounding as if it were not there (straight-through estimator). Where
+    levels are entropy coded, they may take no more bytes than before, and 0 takes fewest: then who
+    leaves a level for one farther from 0 must pass the middle by a dead zone.
 
     Source: Bengio, Léonard and Courville 2013, https://arxiv.org/abs/1308.3432, section 4; for
     quantized students, Polino, Pascanu and Alistarh 2018, Model compression via distillation and
@@ -75,33 +75,47 @@ class OnGrid:
 
     rate = 1.0
 
-    def __init__(self, levels: Levels) -> None:
-        self._levels = levels
-        off = (levels.wanted - levels.start).clamp(-NEAR_THE_EDGE, NEAR_THE_EDGE)
-        self.learned = (levels.start + off).detach().float().requires_grad_()
+    def __init__(self, grid: Grid) -> None:
+        off = (grid.wanted - grid.start).clamp(-NEAR_THE_EDGE, NEAR_THE_EDGE)
+        self.learned = (grid.start + off).detach().float().requires_grad_()
+        self._step, self._ends = grid.step, (grid.lowest, grid.highest)
+        self._shape, self._fits = grid.shape, grid.fits
+        self._start = grid.start.to(torch.int16)
+        self._dead_zone = 0.0
 
     def tensor(self) -> Tensor:
         """On the grid, in the shape that the model reads."""
         rounded = self.learned + (self.levels() - self.learned).detach()
-        return (rounded * self._levels.step).view(self._levels.shape)
+        return (rounded * self._step).view(self._shape)
 
-    def levels(self) -> Tensor:
-        """Whole numbers, as floats."""
+    def levels(self, dead_zone: float | None = None) -> Tensor:
+        """Whole numbers, as floats: the nearest levels, but for the dead zone.
+
+        Args:
+            dead_zone: In steps, in place of its own.
+        """
+        zone = self._dead_zone if dead_zone is None else dead_zone
         with torch.no_grad():
-            return rounded_to(self.learned, self._levels)
+            away = self.learned.abs().add_(0.5 - zone).floor_()
+            low, high = self._ends
+            return torch.minimum(torch.maximum(away.mul_(self.learned.sign()), low), high)
 
     def fit(self) -> None:
-        """Choose the dead zone anew."""
-        if self._levels.fitting is not None:
-            self._levels.dead_zone = self._levels.fitting(self.learned.detach())
+        """Choose the least dead zone with which the levels fit; where none does, begin anew."""
+        fits, self._dead_zone = self._fits, 0.0
+        if fits is None or fits(self.levels()):
+            return
+        low, high = 0.0, WIDEST
+        if not fits(self.levels(high)):
+            with torch.no_grad():
+                self.learned.copy_(self._start)
+            return
+        for _ in range(HALVINGS):
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if fits(self.levels(middle)) else (middle, high)
+        self._dead_zone = high
 
 
 Part = Whole | OnGrid
 """A tensor of a model that is learned: `learned` is what moves, about as fast in any part, and
 `tensor()` what the model reads."""
-
-
-def rounded_to(learned: Tensor, levels: Levels) -> Tensor:
-    """Round to levels: to the nearest, but for the dead zone."""
-    away = (learned.abs() + (0.5 - levels.dead_zone)).floor()
-    return torch.minimum(torch.maximum(learned.sign() * away, levels.lowest), levels.highest)

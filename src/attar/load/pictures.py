@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import util
@@ -81,7 +81,6 @@ def picture_splits(
     Raises:
         DataError: Fewer than three pictures, an unreadable one, or labels that do not fit.
     """
-    settings = picture_settings(model.architecture.config)
     entries, origin = _find_pictures(source, slices)
     if len(entries) < MIN_PICTURES:
         raise DataError(
@@ -95,26 +94,36 @@ def picture_splits(
     samples = []
     with progress.stage("read pictures", float(total)) as advance:
         for chosen, count in zip(dealt, counts.as_tuple(), strict=True):
-            split = []
-            for number in range(count):
-                entry = entries[chosen[number % len(chosen)]]
-                answer = class_number(entry, model.files)
-                split.append(_view(entry, number // len(chosen), seed, settings, answer))
-                advance(1)
-            samples.append(tuple(split))
+            some = [entries[place] for place in chosen]
+            samples.append(tuple(_views(some, range(count), model, seed, advance)))
     n_pictures = sum(len(chosen) for chosen in dealt)
     if n_pictures < total:
         origin += f"; {total} views (crops, scales, mirror images) of {n_pictures} pictures"
     else:
         origin += f"; {n_pictures} pictures"
-    left = set(range(len(entries))).difference(*dealt)
-    free = [entries[place] for place in (*sorted(left), *dealt[0])]
-    views = len(dealt[0]) and -(-counts.calibration // len(dealt[0]))
-    more = [
-        _view(free[number % len(free)], views + number // len(free), seed, settings, -1)
-        for number in range(counts.more)
-    ]
+    left = sorted(set(range(len(entries))).difference(*dealt))
+    # Pictures of no split first, then other views of these and of what calibration has.
+    free = [entries[place] for place in (*left, *dealt[0])]
+    unseen = len(free) * -(-counts.calibration // len(dealt[0]))
+    numbers = [*range(len(left)), *range(unseen, unseen + counts.more)][: counts.more]
+    more = _views(free, numbers, model, seed, lambda _: None)
     return Splits((samples[0], samples[1], samples[2]), origin, tuple(more))
+
+
+def _views(
+    entries: Sequence[Entry],
+    numbers: Iterable[int],
+    model: Model,
+    seed: int,
+    advance: Callable[[int | float], None],
+) -> Iterator[Sample]:
+    """Views of pictures by number: first one of each, then another of each, and so on."""
+    settings = picture_settings(model.architecture.config)
+    for number in numbers:
+        entry = entries[number % len(entries)]
+        answer = class_number(entry, model.files)
+        yield _view(entry, number // len(entries), seed, settings, answer)
+        advance(1)
 
 
 def _find_pictures(source: str | None, slices: str | None) -> tuple[list[Entry], str]:

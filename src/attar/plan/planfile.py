@@ -13,7 +13,7 @@ import yaml
 from attar.errors import PlanError
 from attar.plan.activation_fields import activations_from_dict, activations_to_dict
 from attar.plan.cut_fields import cuts_from_dict, cuts_to_dict, healed_from_dict, rounded
-from attar.records import Budget, Candidate, Cut, Equalised, Plan, Recipe, Transform, Units
+from attar.records import Budget, Candidate, Cut, Equalised, Plan, Recipe, Transform, Unit, Units
 
 VERSION = 1
 # Said elsewhere in the plan, for the user alone to say, or without a bearing on the result.
@@ -188,14 +188,7 @@ def read_plan(
                 f"the plan names {name!r}, which the model does not have.",
                 hint=f"did you mean {near[0]!r}?",
             )
-    choices = {}
-    for unit in units:
-        if unit.name not in named:
-            raise PlanError(
-                f"the plan has no line for {unit.name!r}.",
-                hint="give it one: {treatment: keep_float, bits: 16} leaves it as it is.",
-            )
-        choices[unit.name] = _choice(unit.name, named[unit.name], units, build)
+    choices = {unit.name: _choice(unit, named, build) for unit in units}
     budget = Budget(_field(content, "weight_bytes", int), recipe.keep)
     plan = Plan(
         model=content["model"],
@@ -232,11 +225,17 @@ def _check_budget(plan: Plan, named: Mapping[str, Any]) -> None:
 
 
 def _choice(
-    name: str,
-    line: Any,
-    units: Units,
+    unit: Unit,
+    named: Mapping[str, Any],
     build: Callable[[str, Mapping[str, Any]], Transform],
 ) -> Candidate:
+    name = unit.name
+    if name not in named:
+        raise PlanError(
+            f"the plan has no line for {name!r}.",
+            hint="give it one: {treatment: keep_float, bits: 16} leaves it as it is.",
+        )
+    line = named[name]
     if not isinstance(line, dict) or not isinstance(line.get("treatment"), str):
         raise PlanError(
             f"the line of {name!r} has no treatment.",
@@ -246,7 +245,6 @@ def _choice(
     known = ("treatment", "bytes", "nats", *around)
     settings = {k: v for k, v in line.items() if k not in known}
     transform = build(line["treatment"], settings)
-    unit = units.named(name)
     reason = transform.rejects(unit)
     if reason:
         raise PlanError(

@@ -16,9 +16,6 @@ from attar.transform.quantize_entropy import QuantizeEntropy
 from attar.transform.quantize_feedback import QuantizeFeedback
 from attar.transform.quantize_rtn import QuantizeRtn
 
-# A dead zone is searched for between none and nearly a whole step, in halves.
-WIDEST, HALVINGS = 0.499, 8
-
 
 @dataclass(frozen=True)
 class OpenGrid:
@@ -27,14 +24,16 @@ class OpenGrid:
     Attributes:
         levels: Whole numbers, 0 for a weight of 0.
         step: Of each weight.
-        lowest: Of each weight.
+        lowest: Level of each weight, or of all.
         highest: The same.
+        is_coded: Whether what levels take depends on which they are; then they must `fits`.
     """
 
     levels: Float32[Tensor, "rows columns"]
     step: Float32[Tensor, "rows columns"]
-    lowest: Float32[Tensor, "rows columns"]
-    highest: Float32[Tensor, "rows columns"]
+    lowest: Tensor
+    highest: Tensor
+    is_coded: bool = False
 
 
 def opened(treated: Treated) -> OpenGrid | None:
@@ -46,8 +45,8 @@ def opened(treated: Treated) -> OpenGrid | None:
         column = table[codes.factors.columns.long()] * codes.step
         step = table[codes.factors.rows.long()][:, None] * column
         levels = codes.levels().float()
-        ends = torch.full_like(step, -coded.MIDDLE), torch.full_like(step, coded.MIDDLE - 1)
-        return OpenGrid(levels, step, *ends)
+        ends = torch.tensor(-float(coded.MIDDLE)), torch.tensor(coded.MIDDLE - 1.0)
+        return OpenGrid(levels, step, *ends, is_coded=True)
     if isinstance(transform, QuantizeFeedback | QuantizeRtn):
         found, scale, zero_point = _of_groups(treated, transform)
         width = found.shape[1] // scale.shape[1]
@@ -75,7 +74,7 @@ def with_levels(treated: Treated, levels: Float[Tensor, "rows columns"]) -> Trea
     """Store other levels with the same steps.
 
     Args:
-        levels: Whole numbers within the ends. Of entropy-coded ones, such as `dead_zone` allows.
+        levels: Whole numbers within the ends; entropy-coded ones must fit.
     """
     transform = treated.transform
     if isinstance(transform, QuantizeEntropy):
@@ -99,31 +98,11 @@ def _shifted(levels: Tensor) -> Tensor:
     return levels.round().to(torch.int16).add_(coded.MIDDLE)
 
 
-def dead_zone(treated: Treated, behind: Float[Tensor, "rows columns"]) -> float:
-    """Find the least dead zone with which what is stored takes the bytes there are.
-
-    Args:
-        behind: Numbers that are rounded to levels.
-
-    Returns:
-        Steps; 0 where levels of any kind take as many bytes.
-    """
-    transform = treated.transform
-    if not isinstance(transform, QuantizeEntropy):
-        return 0.0
-    allowed = transform.allowed(behind.numel())
-
-    def fits(zone: float) -> bool:
-        away = behind.sign() * (behind.abs() + (0.5 - zone)).floor()
-        codes = _shifted(away.clamp(-coded.MIDDLE, coded.MIDDLE - 1))
-        learnt, bits = coded.learn(codes, torch.ones(len(codes)))
-        rows, columns = codes.shape
-        return coded.estimated_bytes(rows, columns, learnt, bits) <= allowed
-
-    if fits(0.0):
-        return 0.0
-    low, high = 0.0, WIDEST
-    for _ in range(HALVINGS):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+def fits(treated: Treated, levels: Float[Tensor, "rows columns"]) -> bool:
+    """Whether levels of an entropy-coded weight take no more bytes than it has."""
+    assert isinstance(treated.transform, QuantizeEntropy)
+    codes = _shifted(levels)
+    learnt, bits = coded.learn(codes, torch.ones(len(codes)))
+    rows, columns = codes.shape
+    needed = coded.estimated_bytes(rows, columns, learnt, bits)
+    return needed <= treated.transform.allowed(rows * columns)

@@ -19,6 +19,7 @@ from attar.plan.solve import slice_damage, solve, weight_bytes
 from attar.records import Candidate, Cost, Protected, Recipe, Round
 
 HALF = 8
+COUNT = 120
 
 
 class Towers(nn.Module):
@@ -43,8 +44,8 @@ def towers():
 def save_samples(path):
     """Samples of slice "a" speak to the left tower alone, and those of "b" to the right."""
     draws = np.random.default_rng(0)
-    inputs = draws.standard_normal((600, 2 * HALF)).astype(np.float32)
-    labels = np.array(["a", "b"])[np.arange(600) % 2]
+    inputs = draws.standard_normal((2 * COUNT, 2 * HALF)).astype(np.float32)
+    labels = np.array(["a", "b"])[np.arange(len(inputs)) % 2]
     inputs[labels == "a", HALF:] = 0
     inputs[labels == "b", :HALF] = 0
     np.savez(path, inputs=inputs, where=labels)
@@ -60,7 +61,7 @@ def here(tmp_path, monkeypatch):
 def wanted(size="3.4kB", *protect, slices="where", **more):
     return Recipe(
         "test_protect:towers", size, "d.npz", slices, task="classify", protect=protect,
-        calibration=240, recovery=120, audit=120, **more,
+        calibration=COUNT, recovery=COUNT // 2, audit=COUNT // 2, **more,
     )  # fmt: skip
 
 
@@ -164,7 +165,8 @@ def test_classes_are_those_that_the_original_answers(here):
         inputs = torch.cat([batch["inputs"] for batch in batches])
         answers = session.model.module(inputs).argmax(1).tolist()
         assert labels == [f"class {number}" for number in answers]
-    report = pipeline.compress(wanted("3.4kB", "class=2:0.5", slices=None), here / "out")
+    asked = wanted("3.4kB", "class=2:0.5", slices=None, rounds=1)
+    report = pipeline.compress(asked, here / "out")
     assert any(one.name == "protected class 2: divergence" for one in report.verdict.checks)
 
 
@@ -185,7 +187,16 @@ def test_classes_are_those_that_the_original_answers(here):
 )
 def test_what_cannot_be_protected_is_two_lines_and_exit_code_two(here, capsys, typed, more, says):
     command = ["compress", "test_protect:towers", "--task", "classify", "--data", "d.npz"]
-    sizes = ["--calibration", "240", "--recovery", "120", "--audit", "120", "--size", "3.4kB"]
+    sizes = [
+        "--calibration",
+        f"{COUNT}",
+        "--recovery",
+        f"{COUNT // 2}",
+        "--audit",
+        f"{COUNT // 2}",
+        "--size",
+        "3.4kB",
+    ]
     code = main([*command, "--slices", "where", *sizes, *typed, *more, "--out", "out"])
     assert code == 2 and says in " ".join(capsys.readouterr().err.split())
     assert not (here / "out").exists()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import platform
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 COMPUTES = ("torch", "numpy", "numba", "scipy")
+
+
+version = cache(metadata.version)  # which reads a file each time
 
 
 @cache

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from attar import cost
 from attar.disk import dense, lies_on_disk
 from attar.divergence import Divergence, fit_gaussian
+from attar.environment import version
 from attar.errors import ModelError
 from attar.explain.statistics import gather_statistics
 from attar.gguf_names import FILE as GGUF_FILE

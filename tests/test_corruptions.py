@@ -280,7 +280,7 @@ def test_the_command_tells_and_stores_them(text_here, typed):
     write_gguf(text_here / "a.gguf", random_model(LLAMA), LLAMA)
     words = ("audit", "a.gguf", "a.gguf", *FEW, "--corruptions", "--json", "x.json")
     code, shown = typed(*words, "--report", "page")
-    assert code == 0 and "no punctuation" in shown.out and "5% of words" in shown.out
+    assert code == 0 and "no punctuation, all" in shown.out and "errors, 5% of" in shown.out
     facts = json.loads((text_here / "x.json").read_text())
     assert [one["name"] for one in facts["corruptions"]] == [name for name, _ in corruptions.TEXTS]
     assert "On corrupted inputs" in next((text_here / "page").rglob("*.html")).read_text()

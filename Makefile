@@ -45,7 +45,7 @@ compress = $(bin)/attar compress $(1) --size $(2) --out $(DEMO)/$(1) --force >$(
 	|| { code=$$?; cat $(DEMO)/$(1).txt; exit $$code; }
 
 # pytest comes last, so that its closing line is the last line. A file's tests stay in one process,
-# for what they share is made once; the longest files begin first.
+# for what they share is made once.
 test: $(test_ready)
 	$(bin)/ruff format --check
 	$(bin)/ruff check

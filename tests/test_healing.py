@@ -1,6 +1,7 @@
 """Healing: what is learned of stored weights, how, and what compress, plans and killed runs do."""
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -238,11 +239,22 @@ def test_a_student_that_learns_long_answers_as_the_teacher():
 # --- compress, plan and apply
 
 
+@pytest.fixture(scope="module")
+def healed_folder(tmp_path_factory):
+    """Data, the model made of it without healing in `plain`, and with it in `healed`."""
+    folder = tmp_path_factory.mktemp("healing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        toy_code.save_data(Path("d.npz"), count=400)
+        pipeline.compress(recipe("none"), folder / "plain")
+        assert main(compress("healed")) == 0
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    toy_code.save_data(Path("d.npz"), count=600)
-    return tmp_path
+def here(healed_folder, monkeypatch):
+    monkeypatch.chdir(healed_folder)
+    return healed_folder
 
 
 def compress(out="out", heal="distill=60steps"):
@@ -257,43 +269,47 @@ def recipe(heal):
     return Recipe("toy_code:classifier", size=SIZE, task="classify", data="d.npz", heal=heal)
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def test_healing_returns_damage_within_the_same_bytes_and_a_plan_heals_again(here, capsys):
-    plain = pipeline.compress(recipe("none"), here / "plain")
-    assert main(compress()) == 0
-    healed_plan = yaml.safe_load((here / "out/report/plan.yaml").read_text())
-    healed = healed_plan["healed"]
+    plain = yaml.safe_load((here / "plain/report/plan.yaml").read_text())
+    healed = yaml.safe_load((here / "healed/report/plan.yaml").read_text())["healed"]
     assert healed["damage_after"] < healed["damage_before"]
-    assert healed["damage_before"] == pytest.approx(plain.plan.rounds[-1].measured_damage, rel=0.5)
-    size = sum(f.stat().st_size for f in (here / "out").glob("*.*"))
-    assert size <= 3900
+    before = plain["rounds"][-1]["measured_damage"]
+    assert healed["damage_before"] == pytest.approx(before, rel=0.5)
+    assert sum(f.stat().st_size for f in (here / "healed").glob("*.*")) <= 3900
+    assert main(["apply", "healed/report/plan.yaml", "--out", "again", *CODE]) == 0
     assert "healed (distill" in capsys.readouterr().out
-    assert main(["apply", "out/report/plan.yaml", "--out", "again", *CODE]) == 0
     weights = "model.safetensors"
-    assert hashes(here / "again")[weights] == hashes(here / "out")[weights]
-    assert hashes(here / "plain")[weights] != hashes(here / "out")[weights]
+    assert hashes(here / "again")[weights] == hashes(here / "healed")[weights]
+    assert hashes(here / "plain")[weights] != hashes(here / "healed")[weights]
 
 
 def test_where_no_step_measures_better_what_was_made_stays(here, monkeypatch):
     monkeypatch.setattr(healing, "RATE", 1e4)
-    plain = pipeline.compress(recipe("none"), here / "plain")
-    spoilt = pipeline.compress(recipe("distill=20steps"), here / "out")
+    spoilt = pipeline.compress(recipe("distill=20steps"), here / "spoilt")
     assert spoilt.plan.healed.steps == 0
     assert any("healed (distill, 0 of 20 steps)" in note for note in spoilt.plan.notes)
     weights = "model.safetensors"
-    assert hashes(here / "out")[weights] == hashes(here / "plain")[weights]
-    assert spoilt.verdict.groups == plain.verdict.groups
+    assert hashes(here / "spoilt")[weights] == hashes(here / "plain")[weights]
+    groups = [
+        read_json(here / one / "report/report.json")["verdict"]["groups"]
+        for one in ("plain", "spoilt")
+    ]
+    assert groups[0] == groups[1] != []
 
 
 def test_a_run_that_is_killed_while_it_heals_goes_on_from_there(here):
-    assert main(compress("whole")) == 0
     code = KILLED.format(tests=str(Path(__file__).parent), after=0)
     code = code.replace("count == 0", "len(parts) > 1 and b'step 40 of 60' in parts[1]")
-    run = [sys.executable, "-c", code, *compress()]
+    run = [sys.executable, "-c", code, *compress("killed")]
     killed = subprocess.run(run, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (here / "out.unfinished").is_dir() and not (here / "out").exists()
-    assert main(compress()) == 0
-    assert hashes(here / "out") == hashes(here / "whole")
+    assert (here / "killed.unfinished").is_dir() and not (here / "killed").exists()
+    assert main(compress("killed")) == 0
+    assert hashes(here / "killed") == hashes(here / "healed")
 
 
 def test_what_cannot_be_healed_is_refused_before_work(here, capsys):
@@ -305,17 +321,13 @@ def test_what_cannot_be_healed_is_refused_before_work(here, capsys):
     assert not (here / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "healed",
-    ["{method: distill}", "{method: distill, steps: 9, of: 3}", "300", "{steps: a, of: 3}"],
-)
-def test_a_plan_that_heals_in_no_known_way_is_refused(here, healed):
+def test_a_plan_that_heals_in_no_known_way_is_refused(here):
     made, _ = pipeline.plan(recipe("none"))
-    Path("plan.yaml").write_text(plan_to_yaml(made) + f"healed: {healed}\n")
-    with pytest.raises(PlanError, match="healed by"):
-        pipeline.apply_plan_file(
-            Path("plan.yaml"), here / "out", recipe=Recipe("", factory=CODE[1])
-        )
+    again = Recipe("", factory=CODE[1])
+    for healed in ("{method: distill}", "{method: distill, steps: 9, of: 3}", "300", "{of: 3}"):
+        Path("plan.yaml").write_text(plan_to_yaml(made) + f"healed: {healed}\n")
+        with pytest.raises(PlanError, match="healed by"):
+            pipeline.apply_plan_file(Path("plan.yaml"), here / "out", recipe=again)
 
 
 def test_what_is_learned_from_is_in_no_split_and_moves_none():

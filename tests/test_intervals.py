@@ -146,7 +146,7 @@ def test_an_audit_says_both_radii_where_it_can():
     assert found.change.value == pytest.approx(found.after.value - found.before.value)
     assert found.change.low <= found.change.value <= found.change.high
     told = " ".join(audit_to_text(judged).split())
-    assert "corruption strength" in told and "certified radius (interval bounds; 1 is" in told
+    assert "corruption added nats" in told and "certified radius (interval bounds; 1 is" in told
     page = report_to_html(replace(efficientnet(), verdict=judged))
     assert "The true radius may be larger" in page
     same = with_corruptions(session, model, judge_models(session, model)).certified

@@ -36,10 +36,11 @@ def test_a_width_that_is_listed_twice_is_priced_twice():
     assert found[1] == found[2] and sorted(found, reverse=True) == found
 
 
-def test_factors_are_priced_by_all_rows_where_others_are_by_a_sample():
+def test_factors_are_priced_by_all_rows_where_others_are_by_a_sample(monkeypatch):
     """Of few rows, a rank would hold more than it does of all."""
-    tall = Unit("up", "linear", (6000, 64), ("linear",))
-    weight, known = random(6000, 64), curvature(1, 6000, 64)
+    monkeypatch.setattr(price, "SAMPLED_WEIGHTS", 1 << 14)
+    tall = Unit("up", "linear", (800, 64), ("linear",))
+    weight, known = random(800, 64), curvature(1, 800, 64)
     assert price.sample_rows(weight, [known]) is not None
     factors = FactorizeLowRank(16, 3)
     found = list(pricing.price_weight(tall, weight, [known], [QuantizeFeedback(4, 64), factors]))

@@ -24,21 +24,16 @@ from test_decide import classifier_session, llama_session
 from torch import nn
 
 import attar
-from attar import drifting
+from attar import asking, drifting
 from attar.asking import choose, name_of, way_of
+from attar.attribute.integrated_gradients import integrated_gradients
+from attar.attribute.question import Asked, Explained, Question, Way
+from attar.attribute.units import unit_relevance
 from attar.audit import drift
 from attar.audit.fidelity import bootstrap
 from attar.audit.policy import with_policy
 from attar.cli import main
 from attar.errors import DataError, SettingError
-from attar.explain.integrated_gradients import (
-    Asked,
-    Explained,
-    Way,
-    integrated_gradients,
-    unit_relevance,
-    whole_change,
-)
 from attar.judging import judge_models, open_policy
 from attar.load.tasks import TASKS
 from attar.records import Architecture, Recipe, Silent
@@ -53,6 +48,14 @@ numbers = st.floats(-100, 100, width=32)
 vectors = arrays(np.float64, st.integers(1, 33), elements=numbers)
 maps = arrays(np.float64, st.tuples(st.integers(1, 14), st.integers(1, 14)), elements=numbers)
 FIXED = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Fewer predictions than a user gets are explained."""
+    monkeypatch.setitem(asking.MOST, "language", 6)
+    monkeypatch.setattr(asking, "MOST_OTHERWISE", 24)
+    monkeypatch.setattr(asking, "TEXT_STEPS", 16)
 
 
 def pairs(n=9, size=33, seed=0):
@@ -240,7 +243,7 @@ def in_double(task):
 @pytest.mark.parametrize("task", EXPLAINED)
 def test_the_parts_sum_to_what_the_answer_gains_over_the_baseline(task):
     model, sample, asked = in_double(task)
-    gain = whole_change(model, sample, asked, Way())
+    gain = Question(model, sample, asked, Way()).whole_change()
     assert abs(gain) > 0.02
     gaps = [
         abs(float(integrated_gradients(model, sample, asked, Way(steps=steps)).sum()) - gain)
@@ -274,7 +277,9 @@ def test_tokens_are_explained_by_their_vectors_and_a_kept_token_by_nothing():
         weight = (q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1)
         return float((2 * model.module.out(x + weight @ v))[0, -1].log_softmax(-1)[8])
 
-    assert whole_change(model, sample, asked, way) == pytest.approx(answer(1.0) - answer(0.0))
+    assert Question(model, sample, asked, way).whole_change() == pytest.approx(
+        answer(1.0) - answer(0.0)
+    )
     assert found.shape == (7,) and found[0] == 0
     assert float(found.sum()) == pytest.approx(answer(1.0) - answer(0.0), rel=1e-3)
 
@@ -326,8 +331,8 @@ def test_at_most_one_prediction_of_a_sample_and_half_of_them_changed():
     other = spoilt(session, {u.name: 0.15 for u in session.units})
     chosen, share = choose(session, other.module)
     assert 0.05 < share < 0.95
-    assert len({one.sample for one in chosen}) == len(chosen) == 9
-    assert sum(one.changed for one in chosen) == 4
+    assert len({one.sample for one in chosen}) == len(chosen) == 6
+    assert sum(one.changed for one in chosen) == 3
     for one in chosen:
         tokens = torch.cat([b["tokens"] for b in session.data.audit])[one.sample]
         assert torch.equal(one.inputs["tokens"][0], tokens[: one.asked.position + 1])
@@ -358,7 +363,7 @@ def test_tables_start_at_the_means_of_their_calibration_data():
     session = classifier_session()
     rows = torch.cat([batch["inputs"] for batch in session.data.calibration])
     assert torch.equal(way_of(session).baseline, rows.mean(0))
-    assert way_of(llama_session()) == Way(kept=1, steps=32)
+    assert way_of(llama_session()) == Way(kept=1, steps=asking.TEXT_STEPS)
 
 
 def test_what_fills_a_sentence_up_is_not_explained():

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from attar.attribute.question import Asked, Way, explained_input
 from attar.audit.fidelity import Measured, measure
-from attar.explain.integrated_gradients import Asked, Way, explained_input
 from attar.records import Batch
 from attar.session import Session
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from attar.cli_audit import audit_command
+from attar.cli_explain import explain_command
 from attar.cli_view import view_command
 from attar.command_output import (
     check_file,
@@ -207,68 +208,7 @@ def apply(
     return exit_code(report.verdict)
 
 
-@app.command()
-def explain(
-    model: ModelName,
-    criterion: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="price, magnitude, wanda, taylor or activation."),
-    ] = "price",
-    json_file: JsonFile = None,
-    units: Annotated[
-        bool,
-        typer.Option(
-            "--units",
-            help="Also list what can only be cut together, and what no plan decides about.",
-        ),
-    ] = False,
-    try_cut: Annotated[
-        str,
-        typer.Option(metavar="10%", help="Price, do and measure a cut of a share of each group."),
-    ] = "",
-    data: DataPath = None,
-    slices: Slices = None,
-    seed: Seed = 0,
-    task: TaskName = None,
-    factory: Factory = None,
-    degrid: Degrid = None,
-    calibration: Calibration = None,
-    recovery: Recovery = None,
-    audit: Audit = None,
-    threads: Threads = 2,
-    workers: Workers = "",
-    accept_licence: AcceptLicence = False,
-) -> None:
-    """Say what every unit of a model is worth."""
-    recipe = recipe_of(locals())  # first: what is imported would be taken for arguments
-    from attar import cutting, decide, pipeline, serving
-    from attar.explain import check_criterion
-    from attar.plan.size import parse_share
-    from attar.report.coupled_text import coupled_to_text
-    from attar.report.terminal import scores_to_text
-
-    check_criterion(criterion)
-    check_file(json_file)
-    share = parse_share(try_cut) if try_cut else 0.0
-    with open_progress() as progress:
-        scores, statistics, session = pipeline.explain(recipe, progress=progress)
-    chosen = {criterion: scores[criterion]}
-    relevance = decide.relevance(statistics)
-    show(scores_to_text(session.units, chosen, relevance.slices, **screen()))
-    coupled = cutting.find(session) if units or share else None
-    trial = cutting.try_cut(session, coupled, share) if coupled and share else None
-    if coupled is not None:
-        show(coupled_to_text(coupled, trial, **screen()))
-    if units:
-        lines = [f"  {name}: {why}" for name, why in serving.leftover_reasons(session).items()]
-        show("\n".join(["not units, stored as they are:", *(lines or ["  none"])]))
-    if json_file is not None:
-        write_json(
-            json_file,
-            serving.explanation_to_json(session, scores, relevance.slices, coupled, trial),
-        )
-
-
+app.command(name="explain")(explain_command)
 app.command(name="audit")(audit_command)
 app.command(name="view")(view_command)
 

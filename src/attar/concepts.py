@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attar.attribute.question import Explained, explained_input
 from attar.audit import concepts as checks
 from attar.explain.dictionary import Dictionary, learn
-from attar.explain.integrated_gradients import Explained, explained_input
 from attar.inputs import read_tokenizer
 from attar.records import Batch, Concept, ConceptRow, Concepts, Unit
 from attar.session import Session

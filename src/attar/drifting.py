@@ -13,17 +13,12 @@ from torch import Tensor
 
 from attar import concepts
 from attar.asking import Prediction, choose, method_of, name_of, way_of
+from attar.attribute.integrated_gradients import integrated_gradients
+from attar.attribute.question import Asked, Explained, Question, explained_input
+from attar.attribute.units import unit_relevance
 from attar.audit.drift import compare, means, stratified
 from attar.audit.policy import Policy
 from attar.errors import DataError, SettingError
-from attar.explain.integrated_gradients import (
-    Asked,
-    Explained,
-    explained_input,
-    integrated_gradients,
-    unit_relevance,
-    whole_change,
-)
 from attar.export.run import class_names
 from attar.inputs import read_tokenizer
 from attar.load.fold import fold_batch_norm
@@ -206,9 +201,8 @@ def _explained(
                 f"the explanation of {name_of(session, one)} by {model.name} is not finite.",
                 hint=LEAVE_OUT,
             )
-        if parts.dim() == 3:
-            parts = parts.sum(0)
-        elif session.model.task.name != "transcribe":  # a spectrogram is a map as well
+        is_picture = one.inputs[explained_input(one.inputs)].dim() == 4
+        if not is_picture and session.model.task.name != "transcribe":  # a spectrogram is a map
             parts = parts.flatten()
         release()
         return parts.numpy()
@@ -240,7 +234,7 @@ def _gap(
     original, way = _original(session), way_of(session)
 
     def change(one: Prediction) -> float:
-        return whole_change(original, one.inputs, one.asked, way)
+        return Question(original, one.inputs, one.asked, way).whole_change()
 
     whole = np.array(list(in_order(change, predictions)))
     sums = np.array([parts.sum() for parts in before])

@@ -1,15 +1,23 @@
-"""What `attar.explain` gives back."""
+"""What explaining gives back: scores of units, and explanations of answers as facts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
 
 from attar import pipeline
+from attar.explaining import Explanation
 from attar.records import Scores, Statistics
 from attar.session import Session
+from attar.subjects import Subject
 
 
-class Explanation(Mapping[str, Scores]):
+class UnitScores(Mapping[str, Scores]):
     """Scores by criterion, with the statistics they came from."""
 
     def __init__(self, session: Session, statistics: Statistics) -> None:
@@ -25,3 +33,60 @@ class Explanation(Mapping[str, Scores]):
 
     def __len__(self) -> int:
         return len(self._scores)
+
+
+def explanations_to_json(found: Sequence[Explanation]) -> dict[str, Any]:
+    """Write explanations as facts: every number of every place, and every check."""
+    return {"explanations": [_facts(one) for one in found]}
+
+
+def _facts(one: Explanation) -> dict[str, Any]:
+    subject, curves = one.subject, one.curves
+    return {
+        "model": one.model,
+        "model_sha256": one.sha256,
+        "input": {"name": subject.name, "kind": subject.kind, "parts": list(subject.parts)},
+        "target": subject.target,
+        "is_log_probability": subject.asked.direction is None,
+        "answer": one.answer,
+        "baseline": one.baseline,
+        "baseline_answer": one.baseline_answer,
+        "method": one.method,
+        "settings": dict(one.settings),
+        "seed": one.seed,
+        "seconds": round(one.seconds, 3),
+        "values": one.values.tolist(),
+        "features": one.features.tolist(),
+        "picture": _picture(subject),
+        "checks": {
+            "gap": one.gap,
+            "sparsity": one.sparsity,
+            "agreement_with_shuffled_weights": one.agreement,
+            "faithfulness": None
+            if curves is None
+            else {
+                "area": curves.area,
+                "chance": list(curves.chance),
+                "p": curves.p,
+                "shares_gone": list(curves.shares),
+                "most_first": list(curves.most_first),
+                "least_first": list(curves.least_first),
+            },
+        },
+        "problems": list(one.problems),
+    }
+
+
+def _picture(subject: Subject) -> str | None:
+    """Show what the model is given as a PNG in base64, brought to the range of a screen."""
+    if subject.kind not in ("picture", "sound"):
+        return None
+    pixels = next(iter(subject.sample.values()))[0].float()
+    if pixels.dim() == 2:
+        pixels = pixels.flip(0)[None].expand(3, -1, -1)
+    pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1) if len(pixels) != 3 else pixels
+    low, high = pixels.min(), pixels.max()
+    levels = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -36,7 +36,7 @@ from attar import (
 )
 from attar.audited import Audit, Audits
 from attar.errors import DataError, PlanError, SettingError
-from attar.explained import Explanation
+from attar.explained import UnitScores
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.records import (
     Behaviours,
@@ -100,7 +100,7 @@ def explain(
     slices: str | None = None,
     calibration: int | None = None,
     progress: Progress | None = None,
-) -> Explanation:
+) -> UnitScores:
     """Score every unit of a model by every criterion; higher = keep.
 
     Args:
@@ -112,12 +112,12 @@ def explain(
     """
     recipe = Recipe(model=model.name, seed=seed, slices=slices, calibration=calibration)
     session = _open(recipe, model, data, progress)
-    return Explanation(session, decide.explain(session))
+    return UnitScores(session, decide.explain(session))
 
 
 def plan(
     model: Model,
-    scores: Explanation | None = None,
+    scores: UnitScores | None = None,
     *,
     size: str,
     keep: Sequence[str] = (),
@@ -204,7 +204,7 @@ def _carried_out(model: Model, plan: Plan, data: Arrays) -> Made:
             f"the plan is not for {model.name}: only one of them has {min(strange)}.",
             hint="make a plan for this model with attar.plan",
         )
-    known = Explanation(session, decide.explain(session))
+    known = UnitScores(session, decide.explain(session))
     if plan.equalised:
         session = replace(
             session, model=replace(session.model, module=deepcopy(session.model.module))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from attar import decide, judging
-from attar.explained import Explanation
+from attar.explained import UnitScores
 from attar.records import Model, Plan, Receipt, Report, Verdict
 from attar.session import Session
 
@@ -17,7 +17,7 @@ class Made:
     """What a plan or a small model came from."""
 
     model: Model
-    explanation: Explanation
+    explanation: UnitScores
     decided: decide.Decided
     session: Session
 

@@ -241,3 +241,11 @@ def _padding(padding: Any, kernel: torch.Size, dilation: tuple[int, ...]) -> lis
     for amount in reversed(_per_side(padding, len(kernel))):
         amounts += [amount, amount]
     return amounts
+
+
+def tracked(output: Tensor) -> Tensor:
+    """Start the graph at a tensor nothing before it needs gradients for.
+
+    The copy is not a leaf, so that the model may go on to change it in place.
+    """
+    return output.detach().requires_grad_().clone()

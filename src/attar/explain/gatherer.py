@@ -16,10 +16,10 @@ from attar.disk import Scratch, Stash, lies_on_disk
 from attar.divergence import Divergence, predictions_mask
 from attar.errors import DataError
 from attar.explain import moments
-from attar.explain.sampling import PREDICTIONS_AT_ONCE, drawn_gradient, go_back, tracked
+from attar.explain.sampling import PREDICTIONS_AT_ONCE, drawn_gradient, go_back
 from attar.kernels.symmetric import Symmetric, stored_numbers
 from attar.records import Batch, Model, Unit, Units
-from attar.sites import Call, watched
+from attar.sites import Call, tracked, watched
 
 # A full C of this side is 100 MB in float32, and there are two; beyond it, the diagonal only.
 FULL_COLUMNS_LIMIT = 5000

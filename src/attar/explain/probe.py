@@ -21,12 +21,12 @@ from torch.autograd.graph import get_gradient_edge
 from attar.disk import Stash, lies_on_disk
 from attar.divergence import Divergence, predictions_mask
 from attar.explain.moments import NUMBERS_AT_ONCE
-from attar.explain.sampling import drawn_gradient, go_back, tracked
+from attar.explain.sampling import drawn_gradient, go_back
 from attar.explain.statistics import pieces
 from attar.memory import release
 from attar.parallel import in_order
 from attar.records import Batch, Model, Progress
-from attar.sites import Call, bias_name, substituted, watched
+from attar.sites import Call, bias_name, substituted, tracked, watched
 
 # Language models go back one at a time: there the outputs' gradient, the change and the decoded
 # weight of a large vocabulary meet.

@@ -14,14 +14,6 @@ from attar.divergence import Divergence
 PREDICTIONS_AT_ONCE = 128
 
 
-def tracked(output: Tensor) -> Tensor:
-    """Start the graph at a tensor nothing before it needs gradients for.
-
-    The copy is not a leaf, so that the model may go on to change it in place.
-    """
-    return output.detach().requires_grad_().clone()
-
-
 def drawn_gradient(
     divergence: Divergence, outputs: Tensor, mask: Tensor, generator: torch.Generator
 ) -> Tensor:

@@ -37,18 +37,13 @@ def tensor_splits(
         DataError: No data, an array that is missing, has another shape or kind, or is not finite,
             or too few samples.
     """
-    names = ", ".join(model.examples)
     if source is None:
+        names = ", ".join(model.examples)
         raise DataError(
             f"{model.name} has no default data.",
             hint=f"give --data FILE.npz or FILE.safetensors with the arrays {names}",
         )
-    if isinstance(source, str):
-        arrays = _read_arrays(Path(source), names)
-    else:
-        arrays = {name: np.asarray(array) for name, array in source.items()}
-        source = "the data given"
-    inputs = {name: _fitting(name, arrays, model.examples, source) for name in model.examples}
+    inputs, arrays, source = _read(model, source)
     total = _sample_count(inputs, source)
     labels = _labels(arrays, slices, total, source)
     answers = _answers(arrays, total, source)
@@ -68,6 +63,30 @@ def tensor_splits(
     left = sorted(set(range(total)).difference(*dealt))[: counts.more if counts else 0]
     more = tuple(samples[place] for place in left)
     return Splits((splits[0], splits[1], splits[2]), f"arrays from {source}", more)
+
+
+def read_rows(model: Model, file: Path) -> Batch:
+    """All samples of a file, in its order.
+
+    Raises:
+        DataError: As `tensor_splits`.
+    """
+    inputs, _, source = _read(model, str(file))
+    _sample_count(inputs, source)
+    return inputs
+
+
+def _read(
+    model: Model, source: str | Mapping[str, Any]
+) -> tuple[Batch, Mapping[str, np.ndarray], str]:
+    """The model's inputs, all arrays there are, and what they are called in an error."""
+    if isinstance(source, str):
+        arrays = _read_arrays(Path(source), ", ".join(model.examples))
+    else:
+        arrays = {name: np.asarray(array) for name, array in source.items()}
+        source = "the data given"
+    inputs = {name: _fitting(name, arrays, model.examples, source) for name in model.examples}
+    return inputs, arrays, source
 
 
 def _read_arrays(path: Path, names: str) -> Mapping[str, np.ndarray]:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from attar.attribute import METHODS
 from attar.equalise import FOLDS
 from attar.equalise.learn import Learned
 from attar.explain import CRITERIA
@@ -40,6 +41,12 @@ def methods_page() -> str:
     )
     parts += _section(
         "Criteria", "What a unit is worth (`explain/`). Higher = keep.", "explain", CRITERIA
+    )
+    parts += _section(
+        "Explanations of an answer",
+        "What it rests on in the input (`attribute/`): `attar explain MODEL INPUT --method NAME`.",
+        "attribute",
+        METHODS,
     )
     deciders = {f"decide_{name}": entry for name, entry in DECIDERS.items()}
     sentence = (

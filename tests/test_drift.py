@@ -422,7 +422,8 @@ def test_the_same_model_gives_the_same_reasons():
     assert found.completeness_gap < 0.05
 
 
-def test_the_same_seed_gives_the_same_numbers_on_any_number_of_threads():
+def test_the_same_seed_gives_the_same_numbers_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setitem(asking.MOST, "language", 3)
     session = llama_session()
     found = []
     before = torch.get_num_threads()

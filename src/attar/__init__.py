@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from attar.errors import AttarError as AttarError
     from attar.library import apply as apply
     from attar.library import compress as compress
+    from attar.library import explain_inputs as explain_inputs
 
 # Threads of torch that wait by spinning fight with every other process for the cores: on a busy
 # machine a run takes many times longer. Read when torch is loaded, so it is set here.
@@ -21,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # filling new pages of 4 kB with zeros.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__all__ = ["AttarError", "apply", "audit", "compress", "explain", "load", "plan"]
+__all__ = ["AttarError", "apply", "audit", "compress", "explain", "explain_inputs", "load", "plan"]
 
 # Verbs of the library that are the names of stage folders too.
 _STAGES = ("audit", "explain", "load", "plan")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attar.command_output import check_file, recipe_of, screen, show, write_bytes, write_json
+from attar.command_output import check_file, recipe_of, screen, show, write_json
 from attar.options import (
     AcceptLicence,
     Audit,
@@ -136,8 +136,8 @@ def _explain_inputs(
     check: bool,
 ) -> None:
     from attar import explaining
-    from attar.explained import explanations_to_json
-    from attar.report.explanation import explanations_to_html, explanations_to_text
+    from attar.explained import Explanations
+    from attar.report.explanation import explanations_to_text
     from attar.session import open_model
 
     explaining.check_methods(methods)
@@ -145,12 +145,10 @@ def _explain_inputs(
     with open_progress() as progress:
         with progress.stage(f"load {recipe.model}", 0):
             model = open_model(recipe)
-        facts = explanations_to_json(explaining.explain_inputs(model, wish, progress))
+        found = Explanations(explaining.explain_inputs(model, wish, progress))
+    facts = found.to_json()
     show(explanations_to_text(facts, **screen()))
     if json_file is not None:
         write_json(json_file, facts)
     if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        write_json(report / "report.json", facts)
-        write_bytes(report / "report.html", explanations_to_html(facts).encode())
-        show(f"report  {report / 'report.html'}")
+        show(f"report  {found.report(report)}")

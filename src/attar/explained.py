@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from attar import pipeline
-from attar.explaining import Explanation
-from attar.records import Scores, Statistics
+from attar import explaining, pipeline
+from attar.explaining import Explanation, Wish
+from attar.export.text_file import write_whole
+from attar.records import Model, Progress, Scores, Silent, Statistics
+from attar.report.explanation import explanations_to_html
 from attar.session import Session
 from attar.subjects import Subject
 
@@ -33,6 +37,54 @@ class UnitScores(Mapping[str, Scores]):
 
     def __len__(self) -> int:
         return len(self._scores)
+
+
+class Explanations(tuple[Explanation, ...]):
+    """One for each input and method."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number of every place, and every check, as facts."""
+        return explanations_to_json(self)
+
+    def report(self, folder: str | Path) -> Path:
+        """Write report.html and report.json; the page.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        place, facts = Path(folder), self.to_json()
+        place.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        write_whole(place / "report.json", text.encode())
+        write_whole(place / "report.html", explanations_to_html(facts).encode())
+        return place / "report.html"
+
+
+def explain_inputs(
+    model: Model,
+    inputs: str | Sequence[str],
+    *,
+    methods: Sequence[str] = (),
+    target: str | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Explanations:
+    """Say what an answer of a model rests on in its input.
+
+    Args:
+        inputs: A prompt; texts to embed; files of pictures or sounds; or numbers of rows of `data`.
+        methods: Names in `attar.attribute.METHODS`, or "all"; what suits the input if left out.
+        target: A class, a token, or the number of an output; the model's own answer if left out.
+        check: Test what each method says; takes most of the time.
+
+    Raises:
+        AttarError: Nothing to explain, no such method or target, or numbers that are not finite.
+    """
+    asked = [inputs] if isinstance(inputs, str) else list(inputs)
+    wish = Wish(asked, methods, target, data, seed, check)
+    return Explanations(explaining.explain_inputs(model, wish, progress or Silent()))
 
 
 def explanations_to_json(found: Sequence[Explanation]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from attar import (
 from attar.audited import Audit, Audits
 from attar.errors import DataError, PlanError, SettingError
 from attar.explained import UnitScores
+from attar.explained import explain_inputs as explain_inputs
 from attar.load.folder import is_attar_folder, load_folder, read_folder
 from attar.records import (
     Behaviours,

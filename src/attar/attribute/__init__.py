@@ -3,7 +3,7 @@
 One file per method; the table names them all.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ METHODS: dict[str, type[Any]] = {
 """File name in this folder to the settings that hold its method."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """What every method is: settings that can be called.
 

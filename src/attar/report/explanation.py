@@ -123,7 +123,12 @@ def explanations_to_html(facts: Facts) -> str:
     inputs: list[dict[str, Any]] = []
     for one in shown:
         if not inputs or inputs[-1]["input"] != one["input"]:
-            inputs.append({"input": one["input"], "answer": _answer_text(one), "by": []})
+            # Where the file lies on somebody's disk is nothing for a page that is handed on.
+            name = one["input"]["name"]
+            name = name if one["input"]["kind"] == "text" else name.rpartition("/")[2]
+            inputs.append(
+                {"input": one["input"], "name": name, "answer": _answer_text(one), "by": []}
+            )
         inputs[-1]["by"].append(_drawn(one))
     page = page_environment().get_template("explanation.html.j2")
     return page.render(style=style, model=shown[0]["model"], inputs=inputs, unit=unit_of(shown[0]))
@@ -166,28 +171,38 @@ def _bars(one: Facts) -> list[dict[str, Any]]:
 
 
 def _map(one: Facts) -> dict[str, Any]:
-    """Cells over a square of 280, the strongest with their rank."""
+    """Cells over a square of 280, and outlines of the strongest features."""
     values = np.asarray(one["values"], float)
     rows, columns = (min(side, CELLS) for side in values.shape)
     at = [np.arange(n) * side // n for n, side in zip((rows, columns), values.shape, strict=True)]
     cells = np.add.reduceat(np.add.reduceat(values, at[0], 0), at[1], 1)
     largest = float(np.abs(cells).max()) or 1.0
-    order = np.argsort(-np.abs(cells).ravel())[:MARKED].tolist()
     drawn = [
         {
             "x": 280 * column / columns,
             "y": 280 * row / rows,
             "opacity": round(0.75 * (abs(float(cells[row, column])) / largest) ** 0.7, 3),
             "against": bool(cells[row, column] < 0),
-            "rank": order.index(row * columns + column) + 1
-            if row * columns + column in order
-            else 0,
         }
         for row in range(rows)
         for column in range(columns)
         if abs(float(cells[row, column])) > 0.02 * largest
     ]
-    return {"cells": drawn, "w": 280 / columns, "h": 280 / rows}
+    return {"cells": drawn, "w": 280 / columns, "h": 280 / rows, "marks": list(_marks(one))}
+
+
+def _marks(one: Facts) -> Iterator[dict[str, float]]:
+    """Outlines of the features with the largest values."""
+    sums, features = np.abs(_by_feature(one)), np.asarray(one["features"])
+    for number in np.argsort(-sums)[:MARKED]:
+        ys, xs = np.nonzero(features == number)
+        tall, wide = (280 / side for side in features.shape)
+        yield {
+            "x": float(xs.min()) * wide,
+            "y": float(ys.min()) * tall,
+            "w": float(xs.max() - xs.min() + 1) * wide,
+            "h": float(ys.max() - ys.min() + 1) * tall,
+        }
 
 
 def _curves(found: Facts | None) -> dict[str, Any] | None:

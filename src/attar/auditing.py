@@ -107,7 +107,7 @@ class Auditor:
         if wishes.drift:
             if wishes.reference is not None and self._reference is not None:
                 session = _about(session, self._reference, Path(wishes.reference.model))
-            verdict = drifting.with_drift(session, other, verdict, self._reference)
+            verdict = drifting.with_drift(session, other, verdict, self._reference, measured)
         report = serving.audit_report(session, other, verdict, Path(compressed.model))
         if wishes.policy is not None:
             verdict = with_policy(verdict, wishes.policy, report.bytes_after)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from attar import concept_slices
 from attar.attribute.question import Explained, explained_input
 from attar.audit import concepts as checks
+from attar.audit.fidelity import Measured
+from attar.concept_slices import Known, size
 from attar.explain.dictionary import Dictionary, learn
 from attar.inputs import read_tokenizer
-from attar.records import Batch, Concept, ConceptRow, Concepts, Unit
-from attar.session import Session
-from attar.sites import Call, substituted, watched
+from attar.records import Concept, ConceptRow, Concepts, Unit
+from attar.session import Session, state_hash
 
 # Concepts looked for, and vectors to each at least, so that they are not of one sample alone.
 MOST_CONCEPTS, VECTORS_EACH = 32, 8
@@ -27,14 +27,6 @@ MOST_VECTORS, EACH_SAMPLE = 4096, 64
 FEWEST_FEATURES = 8
 # Concepts told of, those that changed most, and where each is met most.
 SHOWN, EXAMPLES = 6, 4
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Activations, `vectors features`, and the sample and position of each."""
-
-    values: np.ndarray
-    where: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,24 @@ def _strengths(
     )
 
 
-def compared(session: Session, places: Sequence[Place], models: Sequence[Met]) -> list[Concepts]:
+def known(session: Session, places: Sequence[Place]) -> list[Known]:
+    """What another run needs to find the samples that have a concept."""
+    model, n = state_hash(session.model.module), _n_samples(session)
+    return [
+        Known(
+            place.unit.name,
+            place.dictionary,
+            concept_slices.least_of(concept_slices.strongest(place.before, place.where, n)),
+            _most(session),
+            model,
+        )
+        for place in places
+    ]
+
+
+def compared(
+    session: Session, places: Sequence[Place], models: Sequence[Met], measured: Measured | None
+) -> list[Concepts]:
     """Say for each place what became of its concepts, in rows from the floor to the ceiling."""
     found = []
     for number, place in enumerate(places):
@@ -129,7 +138,7 @@ def compared(session: Session, places: Sequence[Place], models: Sequence[Met]) -
                 rows.append(_row(place.before, after, model))
                 own = after if model.role == "compressed" else own
         if own is not None:
-            found.append(_concepts(session, place, own, rows))
+            found.append(_concepts(session, place, own, rows, measured))
     return found
 
 
@@ -144,9 +153,15 @@ def _row(before: np.ndarray, after: np.ndarray, model: Met) -> ConceptRow:
 
 
 def _concepts(
-    session: Session, place: Place, after: np.ndarray, rows: Sequence[ConceptRow]
+    session: Session,
+    place: Place,
+    after: np.ndarray,
+    rows: Sequence[ConceptRow],
+    measured: Measured | None,
 ) -> Concepts:
     before = place.before
+    peaks = concept_slices.strongest(before, place.where, _n_samples(session))
+    has = peaks >= concept_slices.least_of(peaks)
     kept, ratio = checks.kept(before, after), checks.strength_ratio(before, after)
     gone = checks.lost(before, after)
     pairs = checks.merged(before, after)[:SHOWN]
@@ -158,70 +173,41 @@ def _concepts(
         n_vectors=len(before),
         rows=tuple(rows),
         moved=tuple(
-            Concept(k, named[k], float(max(0.0, kept[k])), float(ratio[k]), bool(gone[k]))
+            Concept(
+                k,
+                named[k],
+                float(max(0.0, kept[k])),
+                float(ratio[k]),
+                bool(gone[k]),
+                n_samples=int(has[:, k].sum()),
+                divergence=_lost_there(measured, has[:, k]),
+            )
             for k in told
         ),
         merged=tuple((named[i], named[j]) for i, j in pairs),
     )
 
 
-def _vectors(session: Session, model: Explained, units: Mapping[str, Unit]) -> dict[str, Vectors]:
+def _lost_there(measured: Measured | None, has: np.ndarray) -> float | None:
+    """Mean nats of the predictions of some samples."""
+    return None if measured is None else float(measured.divergence[has[measured.sample]].mean())
+
+
+def _vectors(
+    session: Session, model: Explained, units: Mapping[str, Unit]
+) -> dict[str, concept_slices.Vectors]:
     """What enters each unit, at some positions of every audit sample."""
-    found: dict[str, list[Vectors]] = {name: [] for name in units}
     batches = session.data.audit
-    n_samples = sum(_size(batch) for batch in batches)
-    most = max(1, min(EACH_SAMPLE, MOST_VECTORS // n_samples))
-    now: list[tuple[Batch, int]] = []
-
-    def visit(call: Call) -> Tensor:
-        name = call.name.removesuffix(".weight")
-        if name in found and call.operation != "embedding":
-            found[name].append(_at_some(call, *now[-1], most))
-        return call.run()
-
-    stage = session.progress.stage(f"concepts of {model.name}", len(batches))
-    with (
-        torch.no_grad(),
-        stage as advance,
-        substituted(model.module, model.weights),
-        watched(model.module, visit),
-    ):
-        first = 0
-        for batch in batches:
-            now.append((batch, first))
-            model.task.forward(model.module, batch)
-            first += _size(batch)
-            advance(1)
-    return {name: _joined(parts) for name, parts in found.items() if parts}
+    return concept_slices.activations(session, model, list(units), batches, _most(session))
 
 
-def _size(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
+def _most(session: Session) -> int:
+    """Positions of each sample that are looked at."""
+    return max(1, min(EACH_SAMPLE, MOST_VECTORS // _n_samples(session)))
 
 
-def _at_some(call: Call, batch: Batch, first: int, most: int) -> Vectors:
-    """Vectors at evenly spread positions of each sample, but for those that are filled up."""
-    x = call.input.detach()
-    if call.operation == "convolution":
-        x = x.flatten(2).transpose(1, 2)
-    samples = _size(batch)
-    x = x.reshape(samples, -1, x.shape[-1]) if x.numel() % samples == 0 else x[:0]
-    filled = batch.get("attention")
-    places = []
-    for sample in range(len(x)):
-        positions = torch.arange(x.shape[1])
-        if filled is not None and filled.shape == x.shape[:2]:
-            positions = positions[filled[sample] != 0]
-        step = max(1, -(-len(positions) // most))
-        places += [(sample, int(position)) for position in positions[::step]]
-    chosen = [x[place] for place in places]
-    values = torch.stack(chosen) if chosen else x.new_zeros(0, x.shape[-1])
-    return Vectors(values.double().numpy(), [(first + n, at) for n, at in places])
-
-
-def _joined(parts: Sequence[Vectors]) -> Vectors:
-    values = np.concatenate([part.values for part in parts])
-    return Vectors(values, [place for part in parts for place in part.where])
+def _n_samples(session: Session) -> int:
+    return sum(size(batch) for batch in session.data.audit)
 
 
 def _examples(session: Session, place: Place, concept: int) -> tuple[str, ...]:
@@ -235,7 +221,7 @@ def _examples(session: Session, place: Place, concept: int) -> tuple[str, ...]:
 def _word(session: Session, sample: int, position: int) -> str:
     """Name a place for people: the token read there, or the sample."""
     files, names = session.model.files, session.data.shown
-    samples = [(batch, n) for batch in session.data.audit for n in range(_size(batch))]
+    samples = [(batch, n) for batch in session.data.audit for n in range(size(batch))]
     batch, own = samples[sample]
     tokens = batch[explained_input(batch)]
     if not tokens.is_floating_point() and tokens.dim() == 2 and position < tokens.shape[1]:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attar import concepts
+from attar import concept_slices, concepts
 from attar.asking import Prediction, choose, method_of, name_of, way_of
 from attar.attribute.integrated_gradients import integrated_gradients
 from attar.attribute.question import Asked, Explained, Question, explained_input
 from attar.attribute.units import unit_relevance
 from attar.audit.drift import compare, means, stratified
+from attar.audit.fidelity import Measured
 from attar.audit.policy import Policy
 from attar.errors import DataError, SettingError
 from attar.export.run import class_names
@@ -99,9 +100,16 @@ def check_models(session: Session, other: Model, reference: Model | None) -> Non
 
 
 def with_drift(
-    session: Session, other: Model, verdict: Verdict, reference: Model | None = None
+    session: Session,
+    other: Model,
+    verdict: Verdict,
+    reference: Model | None = None,
+    measured: Measured | None = None,
 ) -> Verdict:
     """Add how far the explanations moved to a verdict; nothing where an answer is no number.
+
+    Args:
+        measured: What was measured on the audit data, to say what samples with a concept lost.
 
     Raises:
         DataError: No gradient reaches the input, or one is not finite.
@@ -137,7 +145,8 @@ def with_drift(
             rows=tuple(rows),
             units=_units(session, compressed, predictions),
             shown=_shown(session, predictions, before, after),
-            concepts=tuple(concepts.compared(session, places, met)),
+            concepts=tuple(concepts.compared(session, places, met, measured)),
+            dictionaries=concept_slices.to_file(concepts.known(session, places)),
         )
     return replace(verdict, drift=drift)
 

@@ -43,7 +43,7 @@ Protect = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SLICE:NATS",
-        help="A label of --slices, or class=NUMBER, that may lose so much. Repeat.",
+        help="A label of --slices, class=NUMBER or concept=… that may lose so much. Repeat.",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of every random draw.")]

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attar import concept_slices
 from attar.audit.fidelity import Measured
 from attar.audit.policy import OUTCOMES, check, reason_of
+from attar.concept_slices import CONCEPT
 from attar.errors import DataError, SettingError
 from attar.explain.gatherer import ALL
 from attar.export.run import class_names
@@ -60,16 +62,23 @@ def asked(recipe: Recipe) -> list[tuple[str, float]]:
             "what a cut costs a slice is not known before it is made.",
             hint="leave --cut out, or protect no slice.",
         )
-    if len({label.startswith(CLASS) for label, _ in found}) > 1:
+    if len({_kind(label) for label, _ in found}) > 1:
         raise SettingError(
-            "classes and other slices are protected together.",
-            hint="protect classes in one run, or slices; a sample has one label.",
+            "two of classes, concepts and other slices are protected together.",
+            hint="protect those of one kind in a run; a sample has one label.",
         )
+    for label, _ in found:
+        if _kind(label) == CONCEPT:
+            concept_slices.parts(label)
     return found
 
 
+def _kind(label: str) -> str:
+    return next((kind for kind in (CLASS, CONCEPT) if label.startswith(kind)), "")
+
+
 def labelled(session: Session) -> Session:
-    """Label samples by the class that the original answers, where classes are protected.
+    """Label samples by what the original answers, or by concept, where those are protected.
 
     Raises:
         SettingError: See `asked`.
@@ -87,9 +96,32 @@ def labelled(session: Session) -> Session:
         recovery = _answered(session, data.recovery)
         data = replace(data, slices=slices, recovery_slices=recovery)
         session = replace(session, data=data)
+    elif any(label.startswith(CONCEPT) for label, _ in wishes):
+        session = _with_concepts(session, [label for label, _ in wishes])
     for label, _ in wishes:
         _resolved(session, label)
     return session
+
+
+def _with_concepts(session: Session, labels: Sequence[str]) -> Session:
+    """Label all samples by the concepts, in place of what the data calls them."""
+    data = session.data
+    batches = [*data.calibration, *data.recovery, *data.audit]
+    own = iter(concept_slices.label_samples(session, labels, batches))
+
+    def take(batches: Sequence[Batch]) -> list[list[str]]:
+        return [[next(own) for _ in range(concept_slices.size(batch))] for batch in batches]
+
+    slices, recovery, audit = take(data.calibration), take(data.recovery), take(data.audit)
+    return replace(
+        session,
+        data=replace(
+            data,
+            slices=slices,
+            recovery_slices=[label for labels in recovery for label in labels],
+            audit_slices=[label for labels in audit for label in labels],
+        ),
+    )
 
 
 def _answered(session: Session, batches: Sequence[Batch]) -> list[str]:

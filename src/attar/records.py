@@ -1189,6 +1189,8 @@ class Concept:
         shown: Where the original meets it most: words of texts, or names of samples.
         kept: Share of how its strength varies that is left, 0 to 1.
         strength_ratio: Of its mean strength, after over before.
+        n_samples: Samples that have it: about a tenth, those in which it is strongest.
+        divergence: Mean nats that these lost.
     """
 
     number: int
@@ -1196,6 +1198,8 @@ class Concept:
     kept: float
     strength_ratio: float
     lost: bool
+    n_samples: int = 0
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -1233,6 +1237,7 @@ class Drift:
         units: Every unit that both have, by how much its share rose, those that fell most first.
         shown: Some, changed ones first.
         concepts: By place, from early to late.
+        dictionaries: The file that says what the concepts are, which goes beside the report.
     """
 
     method: str
@@ -1244,6 +1249,7 @@ class Drift:
     units: tuple[UnitShare, ...]
     shown: tuple[SideBySide, ...]
     concepts: tuple[Concepts, ...] = ()
+    dictionaries: bytes = b""
 
     def row(self, role: str) -> DriftRow:
         return next(row for row in self.rows if row.role == role)

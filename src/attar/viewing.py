@@ -129,7 +129,7 @@ def page_of(shown: Shown, token: str) -> bytes:
         PlanError: The record lacks what a page needs.
     """
     try:
-        return page_text(dict(shown.facts), token).encode()
+        return page_text(dict(shown.facts), token, str(shown.report)).encode()
     except (TemplateError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{shown.report / 'report.json'} lacks {error}.", hint=_HINT) from error
 

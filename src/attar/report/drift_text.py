@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from rich.text import Text
 
 from attar.report.layout import plain_table
-from attar.report.wording import percent_text
+from attar.report.wording import number_text, percent_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -78,9 +79,11 @@ def concept_lines(place: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f"{place['n_concepts']} concepts of what enters {place['unit']}: {counts}"
     for one in (one for one in place["moved"] if one["lost"]):
+        lost = f"; its {one['n_samples']} samples lost {number_text(one['divergence'])} nats"
         yield (
             f"  lost: {examples_text(one['shown'])}; strength {one['strength_ratio']:.2f} x, "
             f"{percent_text(one['kept'], 2)} of how it varies kept"
+            f"{lost if one['divergence'] is not None else ''}"
         )
     for first, second in place["merged"]:
         yield f"  merged: {examples_text(first)} with {examples_text(second)}"
@@ -140,8 +143,12 @@ def _moved_lines(units: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"share of relevance that {verb} most: {shares}"
 
 
-def drift_page(drift: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What the page shows of it; None where it was not asked for."""
+def drift_page(drift: Mapping[str, Any] | None, folder: str = "") -> dict[str, Any] | None:
+    """What the page shows of it; None where it was not asked for.
+
+    Args:
+        folder: Where the page lies, for lines to type; empty where that is not known.
+    """
     if drift is None:
         return None
     fell, rose = units_moved(drift["units"])
@@ -156,9 +163,17 @@ def drift_page(drift: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "caution": caution_text(drift),
         "units": [*fell, *reversed(rose)],
         "examples": examples_text,
+        "folder": folder,
+        "spare": partial(_spared, folder) if folder else lambda *_: "",
         "maps": [_map_pair(one) for one in drift["shown"] if not one["tokens"]],
         "texts": [_text_pair(one) for one in drift["shown"] if one["tokens"]],
     }
+
+
+def _spared(folder: str, unit: str, one: Mapping[str, Any]) -> str:
+    """What to protect, for the samples with a concept to lose half of what they lost."""
+    nats = one.get("divergence")
+    return f"concept={folder}:{unit}:{one['number']}:{nats / 2:.2g}" if nats else ""
 
 
 def _map_pair(shown: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,11 +38,12 @@ def report_to_html(report: Report) -> str:
     return page_text(report_to_json(report))
 
 
-def page_text(facts: dict[str, Any], token: str = "") -> str:
+def page_text(facts: dict[str, Any], token: str = "", folder: str = "") -> str:
     """The page of a record that `report_to_json` made.
 
     Args:
         token: That the page shows to the server it came from; empty for a page that is a file.
+        folder: Where the page lies, for lines to type; empty where that is not known.
     """
     style, script, digest = style_and_script()
     verdict = facts["verdict"]
@@ -65,7 +66,7 @@ def page_text(facts: dict[str, Any], token: str = "") -> str:
             strips=head_strips(facts["units"]),
             slices=slice_table(facts["units"], facts["slices"]),
             spread=divergence_marks(verdict),
-            drift=drift_page(verdict["drift"]),
+            drift=drift_page(verdict["drift"], folder),
             groups=paired_bars(verdict["groups"]),
             tokens=tint_tokens(verdict["token_divergence"]),
             generation_rows=wording.GENERATION_ROWS,
@@ -300,14 +301,16 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
         OutputError: The folder cannot be written, or the disk is full.
     """
     facts = report_to_json(report)
-    texts = {
-        "report.html": page_text(facts),
+    texts: dict[str, str | bytes] = {
+        "report.html": page_text(facts, folder=str(folder)),
         "report.json": json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
+    if report.verdict.drift is not None and report.verdict.drift.dictionaries:
+        texts["concepts.npz"] = report.verdict.drift.dictionaries
     return write_texts(texts, folder)
 
 
-def write_texts(texts: Mapping[str, str], folder: Path) -> tuple[Path, ...]:
+def write_texts(texts: Mapping[str, str | bytes], folder: Path) -> tuple[Path, ...]:
     """Write files by name, each whole or not at all.
 
     Raises:
@@ -323,11 +326,11 @@ def write_texts(texts: Mapping[str, str], folder: Path) -> tuple[Path, ...]:
         ) from error
 
 
-def _write_whole(path: Path, text: str) -> Path:
+def _write_whole(path: Path, content: str | bytes) -> Path:
     # A name of this process, so that two runs into one folder do not mix their halves.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -189,7 +189,7 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "rollbacks": [asdict(one) for one in verdict.rollbacks],
         "unattributed": verdict.unattributed,
         **_in_use(verdict),
-        "drift": None if verdict.drift is None else asdict(verdict.drift),
+        "drift": None if verdict.drift is None else asdict(verdict.drift, dict_factory=_no_file),
         "policy": {"name": verdict.policy, "sha256": verdict.policy_sha256},
         "groups": [_group(group) for group in verdict.groups],
         "changed": [asdict(changed) for changed in verdict.changed],
@@ -199,6 +199,10 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         ],
         "token_divergence": [[token, nats] for token, nats in verdict.token_divergence],
     }
+
+
+def _no_file(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if type(value) is not bytes}
 
 
 def _by_treatment(responsible: Sequence[Responsible]) -> list[dict[str, Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,9 @@ from attar import attributing, behaving, corrupting, drifting, judging, serving
 from attar.audit.fidelity import Measured
 from attar.audit.policy import Policy, with_policy
 from attar.disk import dense
+from attar.errors import ModelError, SettingError
+from attar.load.picture_graphs import HINT, check_told, shape_of, with_pictures
+from attar.load.tensors import TENSOR_SUFFIXES
 from attar.parallel import one_thread
 from attar.records import Behaviours, Model, Progress, Recipe, Report
 from attar.session import Session, open_model, open_recipe, tensors_hash
@@ -30,6 +34,7 @@ class Wishes:
         reference: A third model that answers the same question, shown beside the drift.
         behaviours: What language models are asked to do beside predicting the audit data.
         corruptions: Whether to say what both answer to corrupted inputs.
+        pictures: How converted files read them that do not say so; see `picture_graphs`.
     """
 
     policy: Policy | None = None
@@ -38,6 +43,7 @@ class Wishes:
     reference: Recipe | None = None
     behaviours: Behaviours = field(default_factory=Behaviours)
     corruptions: bool = False
+    pictures: str = ""
 
 
 class Auditor:
@@ -57,18 +63,44 @@ class Auditor:
         has_reference = wishes.reference is not None
         drifting.check_asked(wishes.policy, drift=wishes.drift, reference=has_reference)
         self._read = behaving.read_asked(wishes.behaviours)
+        check_told(wishes.pictures)
+        self._wishes = wishes
         # What cannot be opened is refused before data is made; of several, none is held meanwhile.
         opened: Model | None = None
         for one in compressed:
             opened = None
-            opened = open_model(one)
+            opened = self._open(one)
+        lent = None if opened is None else opened.architecture.config.get("picture")
         self._opened = opened if len(compressed) == 1 else None
-        self.session = open_recipe(original, progress)
+        self.session = open_recipe(
+            original, progress, lambda model: self._reading(model, original.data, lent)
+        )
+        self._lent = self.session.model.architecture.config.get("picture")
         behaving.check_asked(self.session.model, wishes.behaviours)
         if wishes.corruptions:
             corrupting.check_asked(self.session.model)
-        self._wishes = wishes
         self._reference = None if wishes.reference is None else open_model(wishes.reference)
+
+    def _open(self, recipe: Recipe) -> Model:
+        return with_pictures(open_model(recipe), self._wishes.pictures)
+
+    def _reading(self, model: Model, data: str | None, lent: Mapping[str, Any] | None) -> Model:
+        """The original, as it reads pictures where pictures are the data."""
+        told = self._wishes.pictures
+        if data is not None and Path(data).suffix.lower() in TENSOR_SUFFIXES:
+            if told:
+                raise SettingError(
+                    f"{data} holds tensors, which are given as they are.",
+                    hint="leave --pictures out.",
+                )
+            return model
+        model = with_pictures(model, told, lent)
+        if shape_of(model) is not None and "picture" not in model.architecture.config:
+            raise ModelError(
+                f"{model.name} does not say how it reads pictures: what black and white are.",
+                hint=HINT,
+            )
+        return model
 
     @contextmanager
     def keeping(self, out: Path | None) -> Iterator[None]:
@@ -93,7 +125,10 @@ class Auditor:
 
     def against(self, compressed: Recipe) -> tuple[Report, Measured]:
         """Open one compressed model, and compare."""
-        wishes, other = self._wishes, self._opened or open_model(compressed)
+        wishes, other = (
+            self._wishes,
+            with_pictures(self._opened or self._open(compressed), "", self._lent),
+        )
         session = _about(self.session, other, Path(compressed.model))
         if wishes.drift:
             drifting.check_models(session, other, self._reference)

@@ -33,6 +33,7 @@ from attar.options import (
     Generate,
     JsonFile,
     Junit,
+    Pictures,
     PolicyFile,
     Prompts,
     Recovery,
@@ -79,6 +80,7 @@ def audit_command(
     attribute: Attribute = False,
     drift: DriftAsked = False,
     corruptions: CorruptionsAsked = False,
+    pictures: Pictures = None,
     reference: Reference = None,
     generate: Generate = None,
     prompts: Prompts = None,
@@ -109,6 +111,7 @@ def audit_command(
         None if reference is None else recipe_of_reference(reference, others[0]),
         asked,
         corruptions,
+        pictures or "",
     )
     if len(others) > 1:
         return _audit_all(first, others, wishes, json_file, report, restart)

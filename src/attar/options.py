@@ -159,6 +159,12 @@ Sign = Annotated[
 Attribute = Annotated[
     bool, typer.Option("--attribute", help="Also say which layers lost how much of it.")
 ]
+Pictures = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW", help="How ONNX or OpenVINO files read them: imagenet, half, unit, bytes."
+    ),
+]
 CorruptionsAsked = Annotated[
     bool, typer.Option("--corruptions", help="Also audit on inputs with small corruptions.")
 ]

@@ -312,14 +312,24 @@ def open_model(recipe: Recipe, module: nn.Module | None = None, examples: Any = 
     )
 
 
-def open_recipe(recipe: Recipe, progress: Progress | None = None) -> Session:
-    """Load the model and its data."""
+def open_recipe(
+    recipe: Recipe,
+    progress: Progress | None = None,
+    change: Callable[[Model], Model] | None = None,
+) -> Session:
+    """Load the model and its data.
+
+    Args:
+        change: What is done to the model before its data is made, where it is only compared: then
+            a graph will do, which has no units.
+    """
     shown = progress or Silent()
     start(recipe.workers)  # what cannot be reached is refused before a model is loaded
     use_little()
     with shown.stage(f"load {recipe.model}", 0):
         model = open_model(recipe)
-    return open_session(recipe, model, shown)
+        model = model if change is None else change(model)
+    return open_session(recipe, model, shown, only_compared=change is not None)
 
 
 def open_session(
@@ -327,11 +337,14 @@ def open_session(
     model: Model,
     progress: Progress,
     arrays: Mapping[str, Any] | None = None,
+    *,
+    only_compared: bool = False,
 ) -> Session:
     """Fold what can be folded, find the units, and gather data.
 
     Args:
         arrays: Samples at hand, used in place of what `recipe.data` names.
+        only_compared: Whether a graph of ONNX or OpenVINO will do, which has no units.
     """
     begin = time.perf_counter()
     workers = start(recipe.workers)
@@ -340,7 +353,8 @@ def open_session(
     use_little(on_disk=lies_on_disk(model.module))
     folded_module, folded, stays = fold_batch_norm(model.module, model.examples, model.task.forward)
     model = replace(model, module=folded_module.requires_grad_(False))
-    units = list_units(model)
+    graph = only_compared and model.architecture.builder == "onnx"
+    units = Units((), ()) if graph else list_units(model)
     units = units if recipe.biases == "moved" else units.without_biases()
     more = MORE.get(model.task.name, 0) if parse_wish(recipe.heal) is not None else 0
     sizes = DataSizes(recipe.calibration, recipe.recovery, recipe.audit, more=more)

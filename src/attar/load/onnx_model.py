@@ -54,8 +54,9 @@ class OnnxModule(nn.Module):
         except Exception as error:  # onnxruntime's own kinds share no other parent
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"onnxruntime cannot run the file: {reason}", hint=_HINT) from error
-        self._by_sample = by_sample
         self.inputs = {one.name: (one.shape, one.type) for one in self._session.get_inputs()}
+        # A graph for one sample alone is given one at a time.
+        self._by_sample = by_sample or any(s[:1] == [1] for s, _ in self.inputs.values())
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Answer; inputs in the order of the graph's."""
@@ -92,7 +93,7 @@ def read_onnx(path: Path, task: str | None = None) -> Model:
     module = OnnxModule(content, by_sample="DynamicQuantizeLinear" in kinds)
     beside = {f.name: _bytes(f) for f in sorted(path.parent.iterdir()) if f.is_file() and f != path}
     return Model(
-        module=module,
+        module=module.eval(),
         task=TASKS[described["task"]],
         architecture=Architecture("onnx", described.get("config", {})),
         name=str(path),

@@ -104,7 +104,7 @@ def read_openvino(path: Path, task: str | None) -> Model:
     check_document(document, n_bytes, path)
     module = OpenvinoModule(path)
     return Model(
-        module=module,
+        module=module.eval(),
         task=TASKS[task],
         architecture=Architecture("onnx", {}),
         name=str(path),

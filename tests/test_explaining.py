@@ -95,6 +95,18 @@ def test_pictures_are_explained_in_squares(tmp_path):
     assert "class 1" in refused.value.hint
 
 
+def test_a_word_is_heard_in_bands_of_sound(tmp_path):
+    import soundfile
+
+    noise = np.random.default_rng(0).standard_normal(16_000) * 0.1
+    soundfile.write(tmp_path / "noise.wav", noise, 16_000)
+    file, model = str(tmp_path / "noise.wav"), toys.speech_model()
+    (one,), told, page = explained(model, file, methods=["occlusion"], check=False)
+    assert one.values.shape == (80, 3000) and " s, band " in told and "<svg" in page
+    again = one.subject.sample["decoder_tokens"]
+    assert one.subject.asked.position == again.shape[1] - 1 == 3
+
+
 def test_rows_of_numbers_start_at_the_means_of_their_columns(here, typed):
     command = ["explain", "toy_code:classifier", "--task", "classify", "--data", "d.npz"]
     code, shown = typed(*command, "4", "7", "--report", "page", "--json", "x.json")

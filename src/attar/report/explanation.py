@@ -20,6 +20,7 @@ Facts = Mapping[str, Any]
 STRONGEST = 8  # features that are named
 MARKED = 3  # of them, with their place in a picture
 CELLS = 28  # of a side of a map that is drawn, at most
+WINDOW = 30.0  # seconds of sound that are explained
 CURVE = (320, 150)  # of the picture of the answer while features are taken away
 
 
@@ -85,9 +86,15 @@ def _names(one: Facts, count: int) -> list[str]:
         return [f"{n + 1 + stays}: {part}" for n, part in enumerate(named)]
     rows = len({row[0] for row in one["features"]}) if np.ndim(one["features"]) == 2 else 1
     columns = count // rows
-    what = ("band", "part") if one["input"]["kind"] == "sound" else ("row", "column")
+    if one["input"]["kind"] == "sound":
+        seconds = WINDOW / columns
+        return [
+            f"{seconds * (n % columns):.1f} to {seconds * (n % columns + 1):.1f} s, "
+            f"band {n // columns + 1} of {rows} from the lowest"
+            for n in range(count)
+        ]
     return [
-        f"{what[0]} {n // columns + 1} of {rows}, {what[1]} {n % columns + 1} of {columns}"
+        f"row {n // columns + 1} of {rows}, column {n % columns + 1} of {columns}"
         for n in range(count)
     ]
 
@@ -172,7 +179,7 @@ def _bars(one: Facts) -> list[dict[str, Any]]:
 
 def _map(one: Facts) -> dict[str, Any]:
     """Cells over a square of 280, and outlines of the strongest features."""
-    values = np.asarray(one["values"], float)
+    values = _upright(one, "values").astype(float)
     rows, columns = (min(side, CELLS) for side in values.shape)
     at = [np.arange(n) * side // n for n, side in zip((rows, columns), values.shape, strict=True)]
     cells = np.add.reduceat(np.add.reduceat(values, at[0], 0), at[1], 1)
@@ -191,9 +198,15 @@ def _map(one: Facts) -> dict[str, Any]:
     return {"cells": drawn, "w": 280 / columns, "h": 280 / rows, "marks": list(_marks(one))}
 
 
+def _upright(one: Facts, key: str) -> np.ndarray:
+    """A map as it is drawn: low sounds below."""
+    places = np.asarray(one[key])
+    return places[::-1] if one["input"]["kind"] == "sound" else places
+
+
 def _marks(one: Facts) -> Iterator[dict[str, float]]:
     """Outlines of the features with the largest values."""
-    sums, features = np.abs(_by_feature(one)), np.asarray(one["features"])
+    sums, features = np.abs(_by_feature(one)), _upright(one, "features")
     for number in np.argsort(-sums)[:MARKED]:
         ys, xs = np.nonzero(features == number)
         tall, wide = (280 / side for side in features.shape)

@@ -18,6 +18,7 @@ import typer
 
 from attar.cli_audit import audit_command
 from attar.cli_explain import explain_command
+from attar.cli_measure import bench_command
 from attar.cli_view import view_command
 from attar.command_output import (
     check_file,
@@ -210,6 +211,7 @@ def apply(
 
 app.command(name="explain")(explain_command)
 app.command(name="audit")(audit_command)
+app.command(name="bench")(bench_command)
 app.command(name="view")(view_command)
 
 

@@ -1469,6 +1469,61 @@ class Population:
     why_not: str = ""
 
 
+# ---------------------------------------------------------------------------------------------
+# bench: what was measured on a machine
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure of several processes.
+
+    Attributes:
+        median: Of the processes.
+        low: First quartile; `high` is the third.
+        values: One of each process, in the order they ran.
+    """
+
+    median: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """What one model took in one engine.
+
+    Attributes:
+        role: "given", or "original".
+        figures: Name, which ends with its unit (`_ms`, `_bytes`, `_mj`), to what was measured.
+    """
+
+    role: str
+    model: str
+    engine: str
+    version: str
+    file_bytes: int
+    figures: Mapping[str, Spread]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `attar bench` found.
+
+    Attributes:
+        task: Of all rows.
+        rows: The given model in each engine, then the original.
+        asked: Threads, rounds and lengths, which the figures hold for.
+        left_out: Engines that could have run a model, and why they did not.
+    """
+
+    task: str
+    rows: tuple[BenchRow, ...]
+    asked: Mapping[str, int]
+    machine: Mapping[str, Any]
+    left_out: tuple[str, ...]
+
+
 # ------------------------------------------------------------------------------------------
 # progress: how long work tells where it is
 

@@ -233,7 +233,8 @@ def test_a_full_disk_leaves_the_earlier_result(monkeypatch, here, refused, data)
     def full(*_arguments, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)  # the report, after the weights
+    for way in ("write_text", "write_bytes"):  # the report, after the weights
+        monkeypatch.setattr(Path, way, full)
     refused(*compress([*TOY, "--data", data, "--force"]))
     assert {f: f.read_bytes() for f in (here / "out").rglob("*") if f.is_file()} == before
 

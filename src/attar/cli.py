@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,7 +67,9 @@ from attar.options import (
     Workers,
 )
 from attar.progress import open_progress
-from attar.records import Recipe
+
+if TYPE_CHECKING:
+    from attar.records import Recipe
 
 INTERRUPTED = 130
 # Typer brings its own copy of click or imports it, by version; this is what all its errors share.
@@ -232,6 +234,7 @@ def run(
 ) -> None:
     """Continue text, name pictures, compare texts, transcribe."""
     from attar import serving
+    from attar.records import Recipe
     from attar.session import open_model
 
     check_file(json_file)

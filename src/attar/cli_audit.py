@@ -48,11 +48,11 @@ from attar.options import (
     Threads,
 )
 from attar.progress import open_progress
-from attar.records import Behaviours, Recipe
 
 if TYPE_CHECKING:
     from attar.audit.policy import Policy
     from attar.auditing import Wishes
+    from attar.records import Recipe
 
 
 def audit_command(
@@ -96,6 +96,8 @@ def audit_command(
     for file in (json_file, junit):
         check_file(file)
     first = recipe_of({**locals(), "model": original, "factory": None})
+    from attar.records import Behaviours, Recipe
+
     others = [
         Recipe(model=one, factory=factory, task=task, accept_licence=accept_licence)
         for one in compressed

@@ -9,7 +9,6 @@ import typer
 from attar.command_output import check_file, screen, show, write_json
 from attar.options import AcceptLicence, Factory, JsonFile, ModelName, TaskName
 from attar.progress import open_progress
-from attar.records import Recipe
 
 
 def bench_command(
@@ -39,6 +38,7 @@ def bench_command(
 ) -> None:
     """Measure load time, latency, memory and energy in each engine that runs a model."""
     from attar.benching import bench, bench_to_json, compared, too_wide
+    from attar.records import Recipe
     from attar.report.bench_text import bench_to_text
 
     check_file(json_file)

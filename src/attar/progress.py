@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from attar.records import Progress
-
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+
+    from attar.records import Progress
 
 # A shorter stage gets no line of its own when it ends: a reader could not have waited for it.
 SHOWN_FROM_SECONDS = 1.0

@@ -23,7 +23,6 @@ HELPERS = {
     "concentration",
     "dictionary",
     "gatherer",
-    "integrated_gradients",
     "moments",
     "probe",
     "sampling",

@@ -14,6 +14,7 @@ from attar import explaining
 from attar.errors import DataError
 from attar.explained import explanations_to_json
 from attar.explaining import Wish, explain_inputs
+from attar.export.run import embed_texts
 from attar.records import Silent
 from attar.report.explanation import explanations_to_html, explanations_to_text
 
@@ -68,18 +69,9 @@ def test_a_sentence_is_near_another_because_of_its_tokens():
     found, told, _ = explained(model, "one two three", "two two", target="two")
     assert len(found) == 2 and "nearness to 'two'" in told
     for one in found:
-        vectors = [
-            model.task.forward(model.module, sample)[0, 0].detach()
-            for sample in (one.subject.sample, explaining_sample(model, "two"))
-        ]
+        vectors = embed_texts(model, [one.subject.name, "two"])
         wanted = float(vectors[0] @ vectors[1] / vectors[1].norm())
         assert one.answer == pytest.approx(wanted, abs=1e-5)
-
-
-def explaining_sample(model, text):
-    from attar.subjects import _sentence
-
-    return _sentence(model, text)
 
 
 def test_pictures_are_explained_in_squares(tmp_path):
@@ -153,6 +145,7 @@ def test_a_compressed_model_is_explained_like_the_original(here, typed):
         (["three"], "has no row 'three'"),
         (["3", "--method", "grad_cam"], "grad_cam explains pictures"),
         (["--method", "occlusion"], "are about an INPUT"),
+        (["3", "--units"], "are about the whole model"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_with_what_to_type(here, typed, words, says):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from attar.attribute.question import Asked, Way, explained_input
+from attar.attribute.question import TEXT_STEPS, Asked, Way, explained_input
 from attar.audit.fidelity import Measured, measure
 from attar.records import Batch
 from attar.session import Session
@@ -19,8 +19,6 @@ MOST = {"language": 16, "transcribe": 8}
 MOST_OTHERWISE = 64
 # Of a text, a prediction is explained by at least so many tokens and at most so many.
 FEWEST_TOKENS, MOST_TOKENS = 8, 64
-# Of the path of a text, which bends more than that of a picture.
-TEXT_STEPS = 32
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ def explain_command(
     """Say what every unit of a model is worth, or what its answer to an INPUT rests on."""
     recipe = recipe_of(locals())  # first: what is imported would be taken for arguments
     check_file(json_file)
+    if inputs and (units or try_cut or slices):
+        raise typer.BadParameter(
+            "--units, --try-cut and --slices are about the whole model: leave them or the INPUT out"
+        )
     if inputs:
         _explain_inputs(recipe, inputs, method or [], target, report, json_file, check=not no_check)
         return
@@ -135,6 +139,8 @@ def _explain_inputs(
     *,
     check: bool,
 ) -> None:
+    import torch
+
     from attar import explaining
     from attar.explained import Explanations
     from attar.report.explanation import explanations_to_text
@@ -145,6 +151,7 @@ def _explain_inputs(
     with open_progress() as progress:
         with progress.stage(f"load {recipe.model}", 0):
             model = open_model(recipe)
+        torch.set_num_threads(recipe.threads)
         found = Explanations(explaining.explain_inputs(model, wish, progress))
     facts = found.to_json()
     show(explanations_to_text(facts, **screen()))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attar import concept_slices, concepts
 from attar.asking import Prediction, choose, method_of, name_of, way_of
+from attar.attribute.faithfulness import reordered
 from attar.attribute.integrated_gradients import integrated_gradients
 from attar.attribute.question import Asked, Explained, Question, explained_input
 from attar.attribute.units import unit_relevance
@@ -192,9 +193,7 @@ def _rounded(session: Session, unit: Unit) -> Tensor:
 
 
 def _shuffled(session: Session, unit: Unit, seeds: Mapping[str, int]) -> Tensor:
-    draws = torch.Generator().manual_seed(seeds[unit.name])
-    order = torch.randperm(unit.n_weights, generator=draws)
-    return session.weight(unit).flatten()[order].reshape(unit.shape)
+    return reordered(session.weight(unit), seeds[unit.name]).reshape(unit.shape)
 
 
 def _explained(

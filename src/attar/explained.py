@@ -14,9 +14,9 @@ from PIL import Image
 
 from attar import explaining, pipeline
 from attar.explaining import Explanation, Wish
-from attar.export.text_file import write_whole
 from attar.records import Model, Progress, Scores, Silent, Statistics
 from attar.report.explanation import explanations_to_html
+from attar.report.html import write_texts
 from attar.session import Session
 from attar.subjects import Subject
 
@@ -52,12 +52,12 @@ class Explanations(tuple[Explanation, ...]):
         Raises:
             OutputError: The folder cannot be written.
         """
-        place, facts = Path(folder), self.to_json()
-        place.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-        write_whole(place / "report.json", text.encode())
-        write_whole(place / "report.html", explanations_to_html(facts).encode())
-        return place / "report.html"
+        facts = self.to_json()
+        texts = {
+            "report.html": explanations_to_html(facts),
+            "report.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n",
+        }
+        return write_texts(texts, Path(folder))[0]
 
 
 def explain_inputs(

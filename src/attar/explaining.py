@@ -20,6 +20,7 @@ from attar.attribute.faithfulness import (
     agreement,
     chance_areas,
     curves_of,
+    reordered,
     sparsity,
 )
 from attar.attribute.question import Explained, Question
@@ -250,15 +251,10 @@ def _shuffled(model: Model, seed: int) -> dict[str, Callable[[], Tensor]]:
     for name, parameter in model.module.named_parameters():
         if parameter.dim() > 1:
             seeds = int(torch.randint(2**31, (), generator=draws))
-            make = partial(_reordered, parameter, seeds)
+            make = partial(reordered, parameter, seeds)
             found[name] = make if lies_on_disk(model.module) else _held(make())
     return found
 
 
 def _held(weight: Tensor) -> Callable[[], Tensor]:
     return lambda: weight
-
-
-def _reordered(parameter: Tensor, seed: int) -> Tensor:
-    order = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(seed))
-    return parameter.detach().flatten()[order].reshape(parameter.shape)

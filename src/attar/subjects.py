@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from attar.attribute.question import Asked, Way
+from attar.attribute.question import TEXT_STEPS, Asked, Way
 from attar.decode import transcribe_windows
 from attar.errors import DataError
-from attar.export.run import class_names
+from attar.export.run import class_names, prompt_tokens, sentence_batch
 from attar.inputs import (
-    leading_tokens,
     open_picture,
     picture_settings,
     picture_to_pixels,
@@ -31,9 +30,7 @@ from attar.load.tensors import read_rows
 if TYPE_CHECKING:
     from attar.records import Batch, Model
 
-LONGEST_TEXT = 512  # tokens that are read of a sentence
 SPOKEN = 32  # tokens that are written down of a sound, to ask for one of them
-TEXT_STEPS = 32  # of a path of a text, which bends more than that of a picture
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def find_subjects(
 
 def _of_text(model: Model, text: str, target: str | None) -> Subject:
     tokenizer = read_tokenizer(model.files)
-    ids = leading_tokens(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
+    ids = prompt_tokens(tokenizer, text)
     if len(ids) < 2:
         raise DataError(f"{text!r} is one token or none.", hint="give a longer text.")
     sample = {"tokens": torch.tensor([ids])}
@@ -114,22 +111,16 @@ def _token(ids: Sequence[int], target: str) -> int:
 
 def _of_sentence(model: Model, text: str, target: str | None) -> Subject:
     """Explain how near a text is to another, or what its own vector rests on."""
-    sample = _sentence(model, text)
-    other = sample if target is None else _sentence(model, target)
+    tokenizer = read_tokenizer(model.files)
+    sample = sentence_batch(tokenizer, text)
+    other = sample if target is None else sentence_batch(tokenizer, target)
     with torch.no_grad():
         own = model.task.forward(model.module, other)[0, 0]
-    tokenizer = read_tokenizer(model.files)
     ids = sample["tokens"][0].tolist()
     parts = tuple(tokenizer.decode([one], skip_special_tokens=False) for one in ids)
     wanted = "its own vector" if target is None else f"nearness to {target!r}"
     asked = Asked(0, -1, normalize(own, dim=0))
     return Subject(text, "text", sample, asked, wanted, Way(steps=TEXT_STEPS), parts)
-
-
-def _sentence(model: Model, text: str) -> Batch:
-    ids = read_tokenizer(model.files).encode(text).ids[:LONGEST_TEXT]
-    tokens = torch.tensor([ids], dtype=torch.int64)
-    return {"tokens": tokens, "attention": torch.ones_like(tokens)}
 
 
 def _of_sound(model: Model, file: str, target: str | None) -> Subject:

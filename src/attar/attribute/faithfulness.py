@@ -96,6 +96,12 @@ def _area(upper: np.ndarray, lower: np.ndarray, shares: tuple[float, ...]) -> fl
     return float(np.trapezoid(upper - lower, shares))
 
 
+def reordered(weight: Tensor, seed: int) -> Tensor:
+    """Shuffle the numbers of a weight: what it was before it learned, in the same distribution."""
+    order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(seed))
+    return weight.detach().flatten()[order].reshape(weight.shape)
+
+
 def agreement(places: Tensor, others: Tensor) -> float:
     """Rank correlation of the sizes of two explanations' parts; 0 where one is constant."""
     one, other = (t.abs().flatten().double().numpy() for t in (places, others))

@@ -27,6 +27,8 @@ from attar.sites import Call, Visit, substituted, watched
 # Points that are run at once: what waits for the way back of a picture of 224 by 224 takes about
 # 100 MB a point, and without a way back little.
 POINTS_AT_ONCE, ANSWERS_AT_ONCE = 4, 16
+# Of the path of a text, which bends more than that of a picture.
+TEXT_STEPS = 32
 # Names that a model's input goes by, in the order in which they are looked for.
 INPUTS = ("inputs", "pixels", "features", "tokens")
 

@@ -25,7 +25,7 @@ from attar.inputs import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from attar.records import Model
+    from attar.records import Batch, Model
 
 LONGEST_TEXT = 512  # tokens a sentence encoder reads
 
@@ -56,7 +56,7 @@ def continue_text(
             hint="give max_tokens 1 or more and temperature 0 or more",
         )
     tokenizer = read_tokenizer(model.files)
-    ids = leading_tokens(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = prompt_tokens(tokenizer, prompt)
     if not ids:
         raise DataError("the prompt is empty.", hint="give a word to begin with")
     ends = end_tokens(model, tokenizer)
@@ -74,6 +74,11 @@ def continue_text(
     # decoded together with the prompt, so that a space at the seam is kept
     whole, before = tokenizer.decode(ids + written), tokenizer.decode(ids)
     return whole.removeprefix(before)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """What a language model reads of a prompt."""
+    return leading_tokens(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
 def _choose(logits: Float[Tensor, "1 width"], temperature: float, draws: torch.Generator) -> Tensor:
@@ -135,16 +140,21 @@ def embed_texts(model: Model, texts: Sequence[str]) -> Float[Tensor, "texts widt
     tokenizer = read_tokenizer(model.files)
     vectors = []
     for text in texts:
-        ids = tokenizer.encode(text).ids
-        if len(ids) > LONGEST_TEXT:
-            ids = [*ids[: LONGEST_TEXT - 1], ids[-1]]
-        tokens = torch.tensor([ids], dtype=torch.int64)
-        batch = {"tokens": tokens, "attention": torch.ones_like(tokens)}
+        batch = sentence_batch(tokenizer, text)
         with torch.no_grad():
             vectors.append(model.task.forward(model.module, batch)[0, 0])
     if not vectors:
         raise DataError("there is no text to embed.", hint="give one text or more")
     return torch.stack(vectors)
+
+
+def sentence_batch(tokenizer: Tokenizer, text: str) -> Batch:
+    """What a sentence encoder reads of one text: its first tokens, and the one that ends it."""
+    ids = tokenizer.encode(text).ids
+    if len(ids) > LONGEST_TEXT:
+        ids = [*ids[: LONGEST_TEXT - 1], ids[-1]]
+    tokens = torch.tensor([ids], dtype=torch.int64)
+    return {"tokens": tokens, "attention": torch.ones_like(tokens)}
 
 
 def transcribe(
